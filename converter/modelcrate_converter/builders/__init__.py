@@ -1,0 +1,81 @@
+"""Builders: one module per backend, all with the same face, in a static table.
+
+A builder module offers `build(model, source, config, *, workdir) -> BackendArtifact` and imports its framework inside that function.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Protocol, cast
+
+from modelcrate_bundle.errors import ConfigError, MissingBackendError
+from modelcrate_bundle.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    from modelcrate_converter.architecture import ExportableModel
+    from modelcrate_converter.config import DeployConfig
+    from modelcrate_converter.export import OnnxModel
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BackendArtifact:
+    """What a builder made.
+
+    Attributes:
+        backend: its name in deploy.json.
+        files: role (net, weights) -> file; the file's name is its name in the bundle.
+        precision: what it computes in.
+        inputs: its inputs.
+        outputs: its outputs.
+        has_nms: whether detections come out suppressed.
+    """
+
+    backend: str
+    files: Mapping[str, Path]
+    precision: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    has_nms: bool
+
+
+class _BuilderModule(Protocol):
+    def build(self, model: ExportableModel, source: OnnxModel, config: DeployConfig, *, workdir: Path) -> BackendArtifact: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Builder:
+    """One row of the table of builders: our module, and the modules that it needs."""
+
+    module: str
+    needs: tuple[str, ...]
+
+
+BUILDERS: Final[Mapping[str, Builder]] = {
+    "onnxruntime": Builder(module="modelcrate_converter.builders.onnxruntime_builder", needs=("torch", "onnx", "onnxsim", "onnxruntime")),
+}
+"""Backend name -> how to build for it."""
+
+
+def check_can_build(backend: str) -> None:
+    """Refuse early what would fail late.
+
+    Raises:
+        ConfigError: a backend without a builder.
+        MissingBackendError: a module that the builder, or the parity check after it, needs is not installed.
+    """
+    builder = BUILDERS.get(backend)
+    if builder is None:
+        raise ConfigError(f"backend: expected one of {', '.join(BUILDERS)}, found {backend!r}")
+    missing = [name for name in builder.needs if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingBackendError(f"building for {backend} needs {', '.join(missing)}, not installed", hint=f"pip install 'modelcrate[convert,{backend}]'")
+
+
+def build(model: ExportableModel, source: OnnxModel, config: DeployConfig, *, workdir: Path) -> BackendArtifact:
+    """Build the artefact of `config.backend` from the canonical graph `source`; files go into `workdir`."""
+    module = cast("_BuilderModule", importlib.import_module(BUILDERS[config.backend].module))
+    return module.build(model, source, config, workdir=workdir)

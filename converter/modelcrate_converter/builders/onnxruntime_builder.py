@@ -1,0 +1,34 @@
+"""ONNX Runtime runs the canonical graph as it is; detectors get their suppression in the graph unless the config leaves it to the runtime."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from modelcrate_converter.architecture import DetectorFacts
+from modelcrate_converter.builders import BackendArtifact
+from modelcrate_converter.suppression import attach_nms
+
+if TYPE_CHECKING:
+    from modelcrate_converter.architecture import ExportableModel
+    from modelcrate_converter.config import DeployConfig
+    from modelcrate_converter.export import OnnxModel
+
+
+def build(model: ExportableModel, source: OnnxModel, config: DeployConfig, *, workdir: Path) -> BackendArtifact:
+    """Write `end2end.onnx`, MMDeploy's name of it.
+
+    Args:
+        model: what is being converted.
+        source: the canonical graph.
+        config: the target.
+        workdir: where the file goes.
+    """
+    has_nms = isinstance(model.postprocess, DetectorFacts) and config.nms.where == "graph"
+    if isinstance(model.postprocess, DetectorFacts) and has_nms:
+        metadata = {"checkpoint": model.checkpoint[1], "model": model.name}
+        source = attach_nms(source, model.postprocess, pre_top_k=config.nms.pre_top_k, workdir=workdir, metadata=metadata)
+    target = workdir / "end2end.onnx"
+    shutil.copyfile(source.path, target)
+    return BackendArtifact(backend="onnxruntime", files={"net": target}, precision="fp32", inputs=source.inputs, outputs=source.outputs, has_nms=has_nms)

@@ -1,0 +1,235 @@
+"""The whole command line: a device's commands and `convert`. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from modelcrate_bundle.errors import ConfigError, MissingBackendError, ModelcrateError
+from modelcrate_runtime.cli import JSON_OPTION, app, backend_rows, consoles, exit_on_error, print_backends
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.status import Status
+
+    from modelcrate_converter.config import DeployConfig
+    from modelcrate_converter.convert import Conversion, ConvertOptions
+    from modelcrate_converter.progress import Event
+
+# The device's `backends` cannot know what can be built; here it can.
+app.registered_commands = [command for command in app.registered_commands if command.callback is None or command.callback.__name__ != "backends"]
+
+
+@app.command()
+def convert(
+    checkpoints: Annotated[list[str], typer.Argument(help="Checkpoint files (.pth, .safetensors) or URLs.", metavar="CHECKPOINT...")],
+    target: Annotated[list[str], typer.Option("--target", "-t", help="Deploy target, or the path of a deploy config. May be repeated.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder that gets one folder for each bundle.")] = Path("crates"),
+    model_config: Annotated[Path | None, typer.Option(help="MMPose or MMDetection config, for what the checkpoint does not say. Parsed, never executed.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the model; default: its architecture and size.")] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="Image to compare on; the first is drawn into the bundle. May be repeated. Default: procedural images.")] = None,
+    exporter: Annotated[Literal["torchscript", "dynamo"] | None, typer.Option(help="ONNX exporter; default: the deploy config's.")] = None,
+    nms: Annotated[Literal["graph", "runtime"] | None, typer.Option(help="Detectors: suppress in the graph or in the runtime; default: the deploy config's.")] = None,
+    simplify: Annotated[bool, typer.Option(help="Run onnxsim.")] = True,
+    verify: Annotated[bool, typer.Option(help="Compare with PyTorch before writing. --no-verify is recorded in the manifest.")] = True,
+    force: Annotated[bool, typer.Option(help="Build even what is up to date.")] = False,
+    offline: Annotated[bool, typer.Option(help="Take URLs from the cache only.")] = False,
+    sha256: Annotated[str | None, typer.Option(help="Expected hash of a downloaded checkpoint, or its first digits.")] = None,
+    as_json: Annotated[bool, JSON_OPTION] = False,
+) -> None:
+    """Convert checkpoints to verified bundles, one for each target."""
+    with exit_on_error():
+        from modelcrate_converter.config import load_config
+
+        configs = [_adjusted(load_config(t), exporter=exporter, nms=nms, simplify=simplify) for t in dict.fromkeys(target)]
+        _need_converter()
+        from modelcrate_converter.convert import ConvertOptions
+
+        options = ConvertOptions(out=out, model_config=model_config, name=name, images=tuple(image or ()), verify=verify, force=force)
+        if name and len(checkpoints) > 1:
+            raise ConfigError(f"--name: expected one checkpoint, found {len(checkpoints)}", hint="convert them one by one")
+        conversions, failures = _convert_all(checkpoints, configs, options, offline=offline, sha256=sha256, as_json=as_json)
+        if as_json:
+            failed = [{"checkpoint": checkpoint, "error": str(error), "hint": error.hint, "exit_code": error.exit_code} for checkpoint, error in failures]
+            sys.stdout.write(json.dumps([_as_json(c, conversion) for c, conversion in conversions] + failed, indent=1) + "\n")
+        errors = [conversion.error for _, conversion in conversions if conversion.error] + [error for _, error in failures]
+        if errors:
+            raise errors[0]
+
+
+@app.command()
+def backends(as_json: Annotated[bool, JSON_OPTION] = False) -> None:
+    """Show which backends are installed, what they can do here, and how to install what is missing."""
+    with exit_on_error():
+        from modelcrate_converter.builders import BUILDERS, check_can_build
+
+        can_build: dict[str, tuple[bool, str]] = {}
+        for name in BUILDERS:
+            try:
+                check_can_build(name)
+            except MissingBackendError as error:
+                can_build[name] = (False, error.hint)
+            else:
+                can_build[name] = (True, "")
+        print_backends(backend_rows(can_build=can_build), as_json=as_json)
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+def _need_converter() -> None:
+    import importlib.util
+
+    missing = [name for name in ("torch", "onnx", "onnxsim", "jinja2", "safetensors") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingBackendError(f"convert needs {', '.join(missing)}, not installed", hint="pip install 'modelcrate[convert,onnxruntime]'")
+
+
+def _adjusted(config: DeployConfig, *, exporter: str | None, nms: str | None, simplify: bool) -> DeployConfig:
+    """A deploy config with what the command line says otherwise."""
+    import msgspec
+
+    onnx_changes: dict[str, Any] = ({"exporter": exporter} if exporter else {}) | ({} if simplify else {"simplify": False})
+    config = msgspec.structs.replace(config, onnx=msgspec.structs.replace(config.onnx, **onnx_changes))
+    return msgspec.structs.replace(config, nms=msgspec.structs.replace(config.nms, where=nms)) if nms else config
+
+
+def _convert_all(
+    checkpoints: list[str], configs: list[DeployConfig], options: ConvertOptions, *, offline: bool, sha256: str | None, as_json: bool
+) -> tuple[list[tuple[str, Conversion]], list[tuple[str, ModelcrateError]]]:
+    """Every checkpoint for every target; one that fails does not stop the others."""
+    from modelcrate_converter.convert import convert as convert_one
+    from modelcrate_converter.download import default_cache_dir, download
+
+    out, errors = consoles()
+    conversions: list[tuple[str, Conversion]] = []
+    failures: list[tuple[str, ModelcrateError]] = []
+    owners: dict[str, str] = {}
+    for text in checkpoints:
+        progress = _Progress(errors)
+        try:
+            with progress:
+                is_url = "://" in text
+                path = download(text, cache_dir=default_cache_dir(), sha256=sha256, offline=offline, report=progress.show) if is_url else Path(text)
+                errors.print(f"{path.name}", style="bold", markup=False)
+                made = convert_one(path, configs, options, progress.show, taken=owners)
+        except ModelcrateError as error:
+            failures.append((text, error))
+            if len(checkpoints) > 1:
+                errors.print(f"  failed: {error}", style="red", markup=False)
+            continue
+        for conversion in made:
+            owners.setdefault(conversion.id, text)
+            conversions.append((text, conversion))
+            if not as_json:
+                _print_conversion(out, conversion)
+    return conversions, failures
+
+
+class _Progress:
+    """Draws the events of a conversion: a spinner for the stage that runs, a line with its seconds when it ends."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._status: Status | None = None
+        self._drawn = 0.0
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def show(self, event: Event) -> None:
+        from rich.markup import escape
+
+        from modelcrate_converter.progress import Advanced, Noted, StageFinished, StageStarted
+
+        if isinstance(event, StageStarted):
+            self._start(event.name)
+        elif isinstance(event, StageFinished):
+            self._stop()
+            self._console.print(f"  [green]done[/] {escape(event.name):<24} {event.seconds:7.2f} s  [dim]{escape(event.detail)}[/]", soft_wrap=True)
+        elif isinstance(event, Noted):
+            style = "yellow" if event.level == "warning" else "dim"
+            self._console.print(f"  [{style}]note {escape(event.text)}[/]", soft_wrap=True)
+        elif isinstance(event, Advanced):
+            self._advance(event.name, event.done, event.total)
+
+    def _advance(self, name: str, done: int, total: int | None) -> None:
+        share = f" of {total / 2**20:.1f} MiB ({100 * done // max(total, 1)} %)" if total else " MiB"
+        text = f"{name}: {done / 2**20:.1f}{share}"
+        if self._console.is_terminal:
+            self._start(text)
+        elif total is not None and done == total or time.monotonic() - self._drawn > 5:
+            self._drawn = time.monotonic()
+            self._console.print(f"  {text}", markup=False)
+
+    def _start(self, text: str) -> None:
+        from rich.markup import escape
+
+        if self._status is None:
+            self._status = self._console.status(escape(text))
+            self._status.start()
+        else:
+            self._status.update(escape(text))
+
+    def _stop(self) -> None:
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
+
+
+def _print_conversion(out: Console, conversion: Conversion) -> None:
+    from rich.table import Table
+
+    from modelcrate_converter.parity import parity_rows
+
+    if conversion.status == "current":
+        out.print(f"{conversion.place}: up to date (same checkpoint, config, images and tools; hashes checked). --force builds it again.", markup=False, soft_wrap=True)
+        return
+    changed = [f"{name} {before} -> {after}" for name, before, after in conversion.op_changes if before != after]
+    if conversion.op_changes:
+        same = sum(before == after for _, before, after in conversion.op_changes)
+        out.print(f"operators: {', '.join(changed) if changed else 'none changed'}; {same} kinds unchanged", markup=False, soft_wrap=True)
+    if conversion.parity is not None and conversion.parity.verified:
+        table = Table(title=f"{conversion.id}: parity with PyTorch", title_justify="left")
+        for heading in ("what", "figure", "gate", ""):
+            table.add_column(heading)
+        for row in parity_rows(conversion.parity):
+            table.add_row(row["what"], row["figure"], row["gate"], f"[{'green' if row['ok'] == 'ok' else 'bold red'}]{row['ok']}[/]")
+        out.print(table)
+    elif conversion.parity is not None and conversion.status == "built":
+        out.print("NOT VERIFIED: nobody compared this bundle with PyTorch; the manifest says so", style="bold red")
+    if conversion.bundle is not None and conversion.bundle.manifest is not None:
+        table = Table(title=str(conversion.place), title_justify="left")
+        table.add_column("file")
+        table.add_column("bytes", justify="right")
+        table.add_column("SHA-256")
+        for entry in conversion.bundle.manifest.files:
+            table.add_row(entry.path, str(entry.bytes), entry.sha256[:16])
+        out.print(table)
+
+
+def _as_json(checkpoint: str, conversion: Conversion) -> dict[str, Any]:
+    import msgspec
+
+    return {
+        "checkpoint": checkpoint,
+        "id": conversion.id,
+        "target": conversion.target,
+        "place": str(conversion.place),
+        "status": conversion.status,
+        "seconds": {name: round(value, 3) for name, value in conversion.seconds.items()},
+        "operators": [{"name": name, "before": before, "after": after} for name, before, after in conversion.op_changes],
+        "parity": msgspec.to_builtins(conversion.parity) if conversion.parity else None,
+        "files": msgspec.to_builtins(conversion.bundle.manifest.files) if conversion.bundle and conversion.bundle.manifest else [],
+        "error": str(conversion.error) if conversion.error else None,
+    }

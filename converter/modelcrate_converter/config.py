@@ -1,0 +1,104 @@
+"""Deploy configs: one flat TOML per target, read once into frozen structs."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import msgspec
+
+from modelcrate_bundle.errors import ConfigError
+
+
+class Batch(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """Inputs in one network call."""
+
+    min: int = 1
+    opt: int = 8
+    max: int = 32
+
+
+class OnnxOptions(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """How the canonical graph is made."""
+
+    exporter: Literal["torchscript", "dynamo"] = "torchscript"
+    opset: int = 17
+    simplify: bool = True
+
+
+class NmsOptions(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """Where detections are suppressed."""
+
+    where: Literal["graph", "runtime"] = "graph"
+    pre_top_k: int = 5000
+
+
+class Gates(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """The limits of parity with PyTorch; units in `deploy_configs/onnxruntime.toml`."""
+
+    relative_linf: float = 1e-4
+    class_logits_linf: float = 1e-3
+    keypoint_px: float = 0.05
+    box_px: float = 0.05
+    score: float = 1e-3
+    label_flips: int = 0
+
+
+class DeployConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """One target.
+
+    Attributes:
+        target: the name of the config file without its suffix.
+        backend: which builder and which session.
+        precision: what the artefact computes in.
+    """
+
+    target: str
+    backend: str
+    precision: Literal["fp32"]
+    batch: Batch = Batch()
+    onnx: OnnxOptions = OnnxOptions()
+    nms: NmsOptions = NmsOptions()
+    gates: Gates = Gates()
+
+
+def _config_folder() -> Path:
+    """Beside this file in a wheel; at the root of the repository in a checkout."""
+    packaged = Path(__file__).parent / "deploy_configs"
+    return packaged if packaged.is_dir() else Path(__file__).parents[2] / "deploy_configs"
+
+
+CONFIG_FOLDER: Final = _config_folder()
+
+
+def target_names() -> list[str]:
+    """The targets that come with modelcrate."""
+    return sorted(path.stem for path in CONFIG_FOLDER.glob("*.toml"))
+
+
+def load_config(target: str) -> DeployConfig:
+    """Load a deploy config.
+
+    Args:
+        target: the name of a target, or the path of a TOML file.
+
+    Raises:
+        ConfigError: an unknown target, or a file that is not a deploy config.
+    """
+    path = CONFIG_FOLDER / f"{target}.toml"
+    if target.endswith(".toml") or "/" in target or "\\" in target:
+        path = Path(target)
+    elif not path.is_file():
+        names = target_names()
+        near = difflib.get_close_matches(target, names, n=3, cutoff=0.4) or names
+        raise ConfigError(f"target: expected one of {', '.join(names)}, found {target!r}", hint=f"did you mean {' or '.join(near)}?")
+    try:
+        raw: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        config = msgspec.convert({"target": path.stem} | raw, DeployConfig)
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
+        raise ConfigError(f"{path}: expected a deploy config, found: {error}", hint=f"compare it with {CONFIG_FOLDER / 'onnxruntime.toml'}") from error
+    if not 1 <= config.batch.min <= config.batch.opt <= config.batch.max:
+        raise ConfigError(f"{path}: batch: expected 1 <= min <= opt <= max, found {config.batch.min}, {config.batch.opt}, {config.batch.max}")
+    return config

@@ -1,0 +1,318 @@
+"""The one orchestrator: checkpoint in, verified bundles out."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from modelcrate_bundle.bundle import Bundle, BundleWriter, sha256_of
+from modelcrate_bundle.errors import ConfigError, ModelcrateError, OutputError, ParityError
+from modelcrate_bundle.manifest import Manifest, ParityRecord, Provenance, Stage, Timing
+from modelcrate_bundle.tensors import ShapeRange
+from modelcrate_converter.architecture import ExportableModel, read_architecture
+from modelcrate_converter.builders import BackendArtifact, build, check_can_build
+from modelcrate_converter.checkpoint import read_checkpoint
+from modelcrate_converter.config import DeployConfig
+from modelcrate_converter.describe import describe_deploy, describe_detail, describe_pipeline, tool_versions
+from modelcrate_converter.export import OnnxModel, export_onnx
+from modelcrate_converter.parity import ParityImage, check_parity, failed_gates, given_image, parity_rows, procedural_images, reference_result
+from modelcrate_converter.progress import Noted, Report, StageClock, ignore
+from modelcrate_converter.simplify import op_table, simplify
+from modelcrate_runtime.draw import draw_detections, draw_poses
+from modelcrate_runtime.images import encode_jpeg, read_image
+from modelcrate_runtime.results import Detections
+from modelcrate_runtime.tasks import Detector, PoseDetector
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConvertOptions:
+    """What the user chose.
+
+    Attributes:
+        out: folder that gets one folder for each bundle.
+        model_config: an MMPose or MMDetection config, for what the checkpoint does not say.
+        name: the model's name; None takes the architecture's.
+        images: images to compare on, and to draw the first of; empty takes procedural ones.
+        verify: whether to compare with PyTorch. False is recorded in the manifest.
+        force: build even what is up to date.
+    """
+
+    out: Path
+    model_config: Path | None = None
+    name: str | None = None
+    images: tuple[Path, ...] = ()
+    verify: bool = True
+    force: bool = False
+
+
+@dataclass(kw_only=True, slots=True)
+class Conversion:
+    """What became of one checkpoint for one target.
+
+    Attributes:
+        id: `<model>_<target>`.
+        target: the target's name.
+        place: where the bundle is, or would have been.
+        status: built, current (up to date, nothing done) or failed.
+        bundle: the bundle, unless it failed.
+        parity: the comparison, also when it failed.
+        op_changes: (operator, before, after) of the simplification.
+        seconds: stage -> seconds.
+        error: why it failed.
+    """
+
+    id: str
+    target: str
+    place: Path
+    status: str
+    bundle: Bundle | None = None
+    parity: ParityRecord | None = None
+    op_changes: list[tuple[str, int, int]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    error: ModelcrateError | None = None
+
+
+def convert(
+    checkpoint_path: Path, configs: Sequence[DeployConfig], options: ConvertOptions, report: Report = ignore, *, taken: Mapping[str, str] | None = None
+) -> list[Conversion]:
+    """Convert one checkpoint for one or more targets.
+
+    The canonical graph is exported once for all targets that ask for it in the same way. A target that fails does not stop the others.
+
+    Args:
+        checkpoint_path: a local file.
+        configs: the targets.
+        options: where to, and how.
+        report: gets the progress.
+        taken: bundle id -> checkpoint, of what the same command has made already.
+
+    Raises:
+        ModelcrateError: what concerns all targets: the checkpoint, the images, the output folder.
+    """
+    for config in configs:
+        check_can_build(config.backend)
+    clock = StageClock(report=report)
+    with clock.stage("load checkpoint") as detail:
+        checkpoint = read_checkpoint(checkpoint_path)
+        model = read_architecture(checkpoint, model_config=options.model_config, name=options.name)
+        images = _load_images(options.images)
+        detail.append(f"{model.name}, {sum(p.numel() for p in model.module.parameters()) / 1e6:.2f} M parameters")
+    if checkpoint.skipped:
+        report(Noted(text=f"the checkpoint asks for {', '.join(checkpoint.skipped)}: skipped, not imported"))
+    guessed = [f"{name} = {source.removeprefix('default: ')}" for name, source in model.facts.items() if source.startswith("default: ")]
+    if guessed:
+        report(Noted(text=f"taken from defaults, since neither the checkpoint nor a config says: {'; '.join(guessed)}", level="warning"))
+    for config in configs:
+        bundle_id = f"{model.name}_{config.target}"
+        if taken and bundle_id in taken:
+            raise ConfigError(f"{bundle_id}: expected one checkpoint for it, found {taken[bundle_id]} and {checkpoint_path}", hint="convert them one by one with --name")
+    keys = {config.target: _build_key(model, config, options, images) for config in configs}
+    results: dict[str, Conversion] = {}
+    for config in configs:
+        place = options.out / f"{model.name}_{config.target}"
+        bundle = None if options.force else _current(place, keys[config.target])
+        if bundle is not None:
+            results[config.target] = Conversion(id=place.name, target=config.target, place=place, status="current", bundle=bundle, parity=bundle.manifest and bundle.manifest.parity)
+    with contextlib.ExitStack() as stack:
+        # Every writer is opened before the work begins: an output folder that cannot be written is said at once.
+        waiting = [(config, stack.enter_context(BundleWriter(options.out / f"{model.name}_{config.target}"))) for config in configs if config.target not in results]
+        workdir = Path(stack.enter_context(_work_folder()))
+        exported: dict[bytes, tuple[OnnxModel, OnnxModel]] = {}
+        for config, writer in waiting:
+            conversion = Conversion(id=writer.place.name, target=config.target, place=writer.place, status="failed")
+            own = replace(clock, seconds=dict(clock.seconds))
+            try:
+                before, canonical = _canonical(model, config, workdir, own, exported)
+                conversion.op_changes = op_table(before, canonical)
+                _build_bundle(model, config, options, images, keys[config.target], canonical, writer, own, conversion)
+            except ModelcrateError as error:
+                conversion.error = error
+            conversion.seconds = own.seconds
+            results[config.target] = conversion
+    return [results[config.target] for config in configs]
+
+
+def _canonical(model: ExportableModel, config: DeployConfig, workdir: Path, clock: StageClock, exported: dict[bytes, tuple[OnnxModel, OnnxModel]]) -> tuple[OnnxModel, OnnxModel]:
+    """The raw graph before and after simplification, made once for each set of options."""
+    key = msgspec.json.encode(config.onnx)
+    if key not in exported:
+        folder = workdir / hashlib.sha256(key).hexdigest()[:8]
+        folder.mkdir()
+        with clock.stage("export ONNX") as detail:
+            before = export_onnx(model, config.onnx, workdir=folder)
+            detail.append(f"opset {before.opset}, {before.node_count} operators")
+        after = before
+        if config.onnx.simplify:
+            with clock.stage("simplify") as detail:
+                after = simplify(before, workdir=folder, metadata={"checkpoint": model.checkpoint[1], "model": model.name})
+                detail.append(f"{before.node_count} -> {after.node_count} operators")
+        exported[key] = (before, after)
+    return exported[key]
+
+
+def _build_bundle(
+    model: ExportableModel,
+    config: DeployConfig,
+    options: ConvertOptions,
+    images: Sequence[ParityImage],
+    build_key: str,
+    canonical: OnnxModel,
+    writer: BundleWriter,
+    clock: StageClock,
+    conversion: Conversion,
+) -> None:
+    """One target: build, compare, describe, commit."""
+    with _work_folder() as folder:
+        with clock.stage(f"build {config.target}") as detail:
+            artifact = build(model, canonical, config, workdir=Path(folder))
+            detail.append(", ".join(f"{path.name} {path.stat().st_size / 2**20:.1f} MiB" for path in artifact.files.values()))
+        record = ParityRecord(verified=False)
+        if options.verify:
+            with clock.stage("check parity") as detail:
+                record = check_parity(model, artifact, canonical, images, config.gates)
+                detail.append(f"{record.samples} inputs from {len(record.images)} images")
+        conversion.parity = record
+        if options.verify and not record.passed:
+            raise ParityError(
+                f"{conversion.id}: expected every figure inside its gate, found {'; '.join(failed_gates(record))}: no bundle was written",
+                hint="the table shows all figures; gates stand in the deploy config",
+            )
+        with clock.stage("write bundle") as detail:
+            for role, path in artifact.files.items():
+                writer.add(path.name, role=role, content=path)
+            pictures = _add_pictures(model, artifact, options, images, writer)
+            manifest = _describe_manifest(model, artifact, config, record, build_key, clock, target_id=conversion.id)
+            writer.add("README.md", role="readme", content=_render_readme(manifest, pictures))
+            conversion.bundle = writer.commit(
+                deploy=describe_deploy(model, artifact, config),
+                pipeline=describe_pipeline(model, has_nms=artifact.has_nms),
+                detail=describe_detail(model, artifact, config),
+                manifest=manifest,
+            )
+            detail.append(str(conversion.place))
+    conversion.status = "built"
+
+
+def _describe_manifest(
+    model: ExportableModel, artifact: BackendArtifact, config: DeployConfig, record: ParityRecord, build_key: str, clock: StageClock, *, target_id: str
+) -> Manifest:
+    fixed = tuple(dim for dim in model.input.shape[1:] if isinstance(dim, int))
+    batch = config.batch
+    limits = ShapeRange(min=(batch.min, *fixed), opt=(batch.opt, *fixed), max=(batch.max, *fixed))
+    return Manifest(
+        id=target_id,
+        model=model.name,
+        task=model.task,
+        target=config.target,
+        backend=artifact.backend,
+        precision=artifact.precision,
+        geometry="exact",
+        inputs=list(artifact.inputs),
+        outputs=list(artifact.outputs),
+        shape_ranges={model.input.name: limits},
+        class_names=model.class_names,
+        keypoints=model.keypoints,
+        files=[],
+        parity=record,
+        provenance=Provenance(checkpoint=model.checkpoint[0], checkpoint_sha256=model.checkpoint[1], facts=model.facts, tools=tool_versions(), build_key=build_key),
+        timing=Timing(
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            stages=[Stage(name=name, seconds=round(seconds, 3)) for name, seconds in clock.seconds.items()],
+        ),
+    )
+
+
+def _render_readme(manifest: Manifest, pictures: list[str]) -> bytes:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False
+    )
+    return environment.get_template("README.md.j2").render(manifest=manifest, parity_rows=parity_rows(manifest.parity), pictures=pictures).encode()
+
+
+def _add_pictures(model: ExportableModel, artifact: BackendArtifact, options: ConvertOptions, images: Sequence[ParityImage], writer: BundleWriter) -> list[str]:
+    """PyTorch's result and the artefact's on the first given image, as MMDeploy's `deploy.py` draws them; none for procedural images."""
+    if not options.images:
+        return []
+    image = images[0].image
+    pictures = {
+        "output_pytorch.jpg": _drawn(model, reference_result(model, image), image),
+        f"output_{artifact.backend}.jpg": _drawn(model, _artifact_result(model, artifact, image), image),
+    }
+    for name, picture in pictures.items():
+        writer.add(name, role="picture", content=encode_jpeg(picture))
+    return list(pictures)
+
+
+def _artifact_result(model: ExportableModel, artifact: BackendArtifact, image: NDArray[np.uint8]) -> object:
+    """What users of the bundle will get: through the same classes, from the artefact before it is in a bundle."""
+    deploy = describe_deploy(model, artifact, DeployConfig(target="", backend=artifact.backend, precision="fp32"))
+    bundle = Bundle.of_files(deploy=deploy, pipeline=describe_pipeline(model, has_nms=artifact.has_nms), files=artifact.files)
+    if model.task == "Detector":
+        with Detector(bundle, geometry="exact", verify=False) as detector:
+            return detector.detect(image)
+    with PoseDetector(bundle, geometry="exact", verify=False) as estimator:
+        return estimator.estimate(image)
+
+
+def _drawn(model: ExportableModel, result: object, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    if isinstance(result, Detections):
+        return draw_detections(image, result, class_names=model.class_names)
+    assert model.keypoints is not None
+    return draw_poses(image, result, keypoints=model.keypoints)  # type: ignore[arg-type]  # the other kind of result
+
+
+def _load_images(paths: Sequence[Path]) -> list[ParityImage]:
+    return [given_image(path, read_image(path)) for path in paths] or procedural_images()
+
+
+def _build_key(model: ExportableModel, config: DeployConfig, options: ConvertOptions, images: Sequence[ParityImage]) -> str:
+    """Hash of everything that decides the result."""
+    parts = {
+        "checkpoint": model.checkpoint[1],
+        "facts": model.facts,
+        "model_config": sha256_of(options.model_config) if options.model_config else "",
+        "name": model.name,
+        "config": msgspec.to_builtins(config),
+        "images": [[image.name, hashlib.sha256(image.image.tobytes()).hexdigest()] for image in images],
+        "drawn": bool(options.images),
+        "verify": options.verify,
+        "tools": tool_versions(),
+    }
+    return hashlib.sha256(msgspec.json.encode(parts, order="sorted")).hexdigest()
+
+
+def _current(place: Path, build_key: str) -> Bundle | None:
+    """The bundle in its place, if the same build made it and none of its files has changed since."""
+    if not (place / "manifest.json").is_file():
+        return None
+    try:
+        bundle = Bundle.open(place)
+        bundle.verify()
+    except ModelcrateError:
+        return None
+    return bundle if bundle.manifest and bundle.manifest.provenance.build_key == build_key else None
+
+
+@contextlib.contextmanager
+def _work_folder() -> Iterator[str]:
+    """A temporary folder; a full or missing one is said as what it is."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="modelcrate-")
+    except OSError as error:
+        raise OutputError(f"temporary folder: expected to write there, found: {error}", hint="set TMPDIR to a folder with space") from error
+    with folder as path:
+        yield path

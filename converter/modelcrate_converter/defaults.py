@@ -1,0 +1,39 @@
+"""What published configs say of facts that neither the weights nor a given config tell. Each use of one is stated in the output."""
+
+from __future__ import annotations
+
+from typing import Final
+
+POSE_MEAN: Final = (123.675, 116.28, 103.53)
+POSE_STD: Final = (58.395, 57.12, 57.375)
+"""RGB, image levels: ImageNet's, as all RTMPose configs have them."""
+DETECTOR_MEAN: Final = (103.53, 116.28, 123.675)
+DETECTOR_STD: Final = (57.375, 57.12, 58.395)
+"""BGR: RTMDet does not swap the channels."""
+DETECTOR_PAD_VALUE: Final = 114
+BOX_PADDING: Final = 1.25
+"""MMPose's GetBBoxCenterScale."""
+PERSON_TEST_CFG: Final = {"score_thr": 0.05, "iou_threshold": 0.6, "max_per_img": 100, "nms_pre": 1000, "min_bbox_size": 0}
+"""The one-class RTMDet configs of MMPose's RTMPose project."""
+COCO_TEST_CFG: Final = {"score_thr": 0.001, "iou_threshold": 0.65, "max_per_img": 300, "nms_pre": 30000, "min_bbox_size": 0}
+"""The 80-class RTMDet configs of MMDetection."""
+
+COCO_CLASSES: Final = (
+    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light", "fire hydrant", "stop sign",
+    "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "backpack", "umbrella",
+    "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard", "sports ball", "kite", "baseball bat", "baseball glove", "skateboard",
+    "surfboard", "tennis racket", "bottle", "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange",
+    "broccoli", "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch", "potted plant", "bed", "dining table", "toilet", "tv", "laptop",
+    "mouse", "remote", "keyboard", "cell phone", "microwave", "oven", "toaster", "sink", "refrigerator", "book", "clock", "vase", "scissors",
+    "teddy bear", "hair drier", "toothbrush",
+)  # fmt: skip
+
+
+def class_names(count: int) -> list[str]:
+    """COCO's names for 80 classes, else numbered ones."""
+    return list(COCO_CLASSES) if count == len(COCO_CLASSES) else [f"class_{i}" for i in range(count)]
+
+
+def simcc_sigma(size: int) -> float:
+    """Label width in SimCC bins for an axis of `size` pixels: the published (4.9, 5.66), (6.0, 6.93) are the square root of an eighth."""
+    return round((size / 8) ** 0.5, 2)

@@ -1,0 +1,256 @@
+"""Does the artefact compute what PyTorch computes? On real crops, through the real runtime, and in pixels.
+
+The reference is eager PyTorch in float32 on the inputs that the runtime's own preprocessing makes, decoded by the runtime's own decoder: what
+differs is the network alone. A figure outside its gate means that no bundle is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+
+from modelcrate_bundle.errors import InputError
+from modelcrate_bundle.manifest import OutputParity, ParityRecord, PixelParity
+from modelcrate_converter.architecture import DetectorFacts, PoseFacts
+from modelcrate_converter.describe import describe_pipeline
+from modelcrate_converter.scenes import procedural_scenes
+from modelcrate_runtime.postprocess import BoxDecoder, KeypointDecoder
+from modelcrate_runtime.preprocess import ImageMeta, Preprocessor
+from modelcrate_runtime.sessions import Session, SessionOptions, open_artefact
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from modelcrate_converter.architecture import ExportableModel
+    from modelcrate_converter.builders import BackendArtifact
+    from modelcrate_converter.config import Gates
+    from modelcrate_converter.export import OnnxModel
+    from modelcrate_runtime.geometry import Crop
+    from modelcrate_runtime.results import Detections, Poses
+
+Array: TypeAlias = "NDArray[Any]"
+Outputs: TypeAlias = dict[str, "NDArray[Any]"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParityImage:
+    """An image to compare on.
+
+    Attributes:
+        name: for the report: a file name without its folder, or "procedural-0".
+        image: (H, W, 3) BGR uint8.
+        boxes_xyxy: (N, 4) float32 crops for pose models, in image pixels.
+    """
+
+    name: str
+    image: NDArray[np.uint8]
+    boxes_xyxy: NDArray[np.float32]
+
+
+def procedural_images() -> list[ParityImage]:
+    """The images that are used when none are given: two crops each, the figure's and a loose one."""
+    return [_with_loose_box(name, image, box) for name, image, box in procedural_scenes()]
+
+
+def given_image(path: Path, image: NDArray[np.uint8]) -> ParityImage:
+    """A user's image, with three crops: all of it, as MMDeploy does, and two parts."""
+    height, width = image.shape[:2]
+    if min(height, width) < 2:
+        raise InputError(f"{path}: expected an image of at least 2x2 pixels to compare on, found {width}x{height}")
+    boxes = np.array([[0, 0, 1, 1], [0.1, 0.2, 0.55, 0.95], [0.4, 0.05, 0.9, 0.8]], dtype=np.float32)
+    return ParityImage(name=path.name, image=image, boxes_xyxy=boxes * np.array([width, height, width, height], dtype=np.float32))
+
+
+def _with_loose_box(name: str, image: NDArray[np.uint8], box: NDArray[np.float32]) -> ParityImage:
+    size = np.array([box[2] - box[0], box[3] - box[1]] * 2, dtype=np.float32)
+    loose = box + np.array([-0.3, -0.1, 0.1, 0.4], dtype=np.float32) * size
+    return ParityImage(name=name, image=image, boxes_xyxy=np.stack([box, loose]))
+
+
+def check_parity(model: ExportableModel, artifact: BackendArtifact, canonical: OnnxModel, images: Sequence[ParityImage], gates: Gates) -> ParityRecord:
+    """Compare an artefact with eager PyTorch.
+
+    Args:
+        model: the reference.
+        artifact: what a builder made; it is run through the session that users will run it with.
+        canonical: the raw graph behind it: a detector's raw outputs are compared there when the artefact only gives suppressed ones.
+        images: what to compare on.
+        gates: the limits.
+    """
+    session = open_artefact(artifact.backend, artifact.files, SessionOptions(), where=f"{model.name} for {artifact.backend}")
+    try:
+        if isinstance(model.postprocess, PoseFacts):
+            return _check_pose(model, session, images, gates)
+        return _check_detector(model, artifact, session, canonical, images, gates)
+    finally:
+        session.close()
+
+
+def run_reference(model: ExportableModel, tensor: NDArray[np.float32]) -> Outputs:
+    """The network in eager PyTorch, float32 on the CPU: output name -> array."""
+    with torch.inference_mode():
+        values = model.module(torch.from_numpy(tensor))
+    return {spec.name: value.numpy() for spec, value in zip(model.outputs, values, strict=True)}
+
+
+def _output(name: str, ours: Array, theirs: Array, gate: float) -> OutputParity:
+    difference = float(np.abs(ours.astype(np.float64) - theirs).max(initial=0.0))
+    largest = float(np.abs(theirs).max(initial=0.0))
+    relative = difference / largest if largest else difference
+    return OutputParity(name=name, max_abs=difference, relative_linf=relative, gate=gate, passed=bool(relative <= gate))  # NaN does not pass
+
+
+def _pixels(name: str, values: Array, gate: float, *, undecided: int = 0) -> PixelParity:
+    worst, mean = (float(values.max()), float(values.mean())) if values.size else (0.0, 0.0)
+    return PixelParity(name=name, worst=worst, mean=mean, count=int(values.size), undecided=undecided, gate=gate, passed=bool(worst <= gate))
+
+
+# ----------------------------------------------------------------------------------------------------------------------- pose
+
+
+def _check_pose(model: ExportableModel, session: Session, images: Sequence[ParityImage], gates: Gates) -> ParityRecord:
+    pipeline = describe_pipeline(model, has_nms=False)
+    preprocessor = Preprocessor(pipeline, geometry="exact", where=model.name)
+    decoder = KeypointDecoder(pipeline, geometry="exact", where=model.name)
+    tensors: list[Array] = []
+    crops: list[Crop] = []
+    for image in images:
+        tensor, of_image = preprocessor.crops(image.image, image.boxes_xyxy)
+        tensors.append(tensor)
+        crops += of_image
+    batch = np.concatenate(tensors)
+    theirs = run_reference(model, batch)
+    ours: Outputs = session.run({model.input.name: batch})
+    outputs = [_output(name, ours[name], theirs[name], gates.relative_linf) for name in theirs]
+    input_hw = model.input_hw
+    our_poses, their_poses = (decoder.decode(values, crops, input_hw=input_hw) for values in (ours, theirs))
+    shifts = np.linalg.norm(our_poses.keypoints_xy - their_poses.keypoints_xy, axis=2)
+    decided = _decided_maxima(ours, theirs, gate=gates.relative_linf)
+    scores = np.abs(our_poses.scores - their_poses.scores)
+    pixels = [
+        _pixels("keypoint_shift_px", shifts[decided], gates.keypoint_px, undecided=int((~decided).sum())),
+        _pixels("score_shift", scores, gates.score),
+    ]
+    return ParityRecord(verified=True, images=[image.name for image in images], samples=len(batch), outputs=outputs, pixels=pixels)
+
+
+def _decided_maxima(ours: Outputs, theirs: Outputs, *, gate: float) -> NDArray[np.bool_]:
+    """(N, K) whether PyTorch's own maximum is clear: where the bin that we chose is within the gate of it there, either answer is right."""
+    decided: NDArray[np.bool_] | None = None
+    for name, reference in theirs.items():
+        best = reference.max(axis=2)
+        chosen = np.take_along_axis(reference, ours[name].argmax(axis=2)[:, :, None], axis=2)[:, :, 0]
+        tie = (chosen != best) & (best - chosen <= gate * np.abs(reference).max())
+        decided = ~tie if decided is None else decided & ~tie
+    assert decided is not None
+    return decided
+
+
+# ------------------------------------------------------------------------------------------------------------------- detector
+
+
+def _check_detector(
+    model: ExportableModel, artifact: BackendArtifact, session: Session, canonical: OnnxModel, images: Sequence[ParityImage], gates: Gates
+) -> ParityRecord:
+    assert isinstance(model.postprocess, DetectorFacts)
+    pipeline = describe_pipeline(model, has_nms=artifact.has_nms)
+    preprocessor = Preprocessor(pipeline, geometry="exact", where=model.name)
+    prepared = [preprocessor.image(image.image) for image in images]
+    batch = np.concatenate([tensor for tensor, _ in prepared])
+    metas: list[ImageMeta] = [meta for _, meta in prepared]
+    theirs = run_reference(model, batch)
+    ours: Outputs = session.run({model.input.name: batch})
+    raw = ours
+    if artifact.has_nms:
+        raw_session = open_artefact("onnxruntime", {"net": canonical.path}, SessionOptions(), where=f"{model.name}: canonical graph")
+        raw = raw_session.run({model.input.name: batch})
+        raw_session.close()
+    outputs = [_output(name, raw[name], theirs[name], gates.class_logits_linf if name.startswith("cls_") else gates.relative_linf) for name in theirs]
+    input_hw = model.input_hw
+    decoder = BoxDecoder(pipeline, geometry="exact", where=model.name)
+    reference_decoder = BoxDecoder(describe_pipeline(model, has_nms=False), geometry="exact", where=model.name)
+    our_boxes = decoder.decode(ours, metas, input_hw=input_hw)
+    their_boxes = reference_decoder.decode(theirs, metas, input_hw=input_hw)
+    pairs = [_match(a, b, model.postprocess, gates) for a, b in zip(our_boxes, their_boxes, strict=True)]
+    undecided = sum(pair.undecided for pair in pairs)
+    pixels = [
+        _pixels("box_shift_px", np.concatenate([pair.shifts_px for pair in pairs]), gates.box_px, undecided=undecided),
+        _pixels("score_shift", np.concatenate([pair.score_shifts for pair in pairs]), gates.score),
+        _pixels("label_flips", np.array([float(pair.flips) for pair in pairs]), float(gates.label_flips)),
+    ]
+    return ParityRecord(verified=True, images=[image.name for image in images], samples=len(batch), outputs=outputs, pixels=pixels)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Matched:
+    shifts_px: NDArray[np.float64]
+    score_shifts: NDArray[np.float64]
+    flips: int
+    undecided: int
+
+
+def _match(ours: Detections, theirs: Detections, facts: DetectorFacts, gates: Gates) -> _Matched:
+    """Pair the boxes of one image, best first, each with the nearest one of its label.
+
+    A box that only one side has counts as a flip, unless its score is within the gate of the threshold, or of the last box where the list was cut.
+    """
+    free = set(range(len(ours)))
+    shifts, score_shifts = [], []
+    lone_scores = []
+    for box, score, label in zip(theirs.boxes_xyxy, theirs.scores, theirs.labels, strict=True):
+        candidates = [i for i in free if ours.labels[i] == label]
+        distances = [float(np.abs(ours.boxes_xyxy[i].astype(np.float64) - box).max()) for i in candidates]
+        nearest = int(np.argmin(distances)) if distances else -1
+        if nearest < 0 or distances[nearest] > 0.5 * float(max(box[2] - box[0], box[3] - box[1])):
+            lone_scores.append(float(score))
+            continue
+        free.remove(candidates[nearest])
+        shifts.append(distances[nearest])
+        score_shifts.append(abs(float(ours.scores[candidates[nearest]]) - float(score)))
+    lone_scores += [float(ours.scores[i]) for i in free]
+    is_cut = max(len(ours), len(theirs)) >= facts.max_per_img
+    edges = [facts.score_thr] + ([float(theirs.scores[-1])] if is_cut and len(theirs) else [])
+    undecided = sum(any(abs(score - edge) <= gates.score for edge in edges) for score in lone_scores)
+    return _Matched(
+        shifts_px=np.array(shifts, dtype=np.float64), score_shifts=np.array(score_shifts, dtype=np.float64), flips=len(lone_scores) - undecided, undecided=undecided
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------------- pictures
+
+
+def reference_result(model: ExportableModel, image: NDArray[np.uint8]) -> Detections | Poses:
+    """What PyTorch finds in one image, for the picture beside the artefact's: pose models take the whole image as one box, as MMDeploy does."""
+    pipeline = describe_pipeline(model, has_nms=False)
+    preprocessor = Preprocessor(pipeline, geometry="exact", where=model.name)
+    if isinstance(model.postprocess, PoseFacts):
+        tensor, crops = preprocessor.crops(image, None)
+        decoder = KeypointDecoder(pipeline, geometry="exact", where=model.name)
+        return decoder.decode(run_reference(model, tensor), crops, input_hw=model.input_hw)
+    tensor, meta = preprocessor.image(image)
+    return BoxDecoder(pipeline, geometry="exact", where=model.name).decode(run_reference(model, tensor), [meta], input_hw=model.input_hw)[0]
+
+
+def failed_gates(record: ParityRecord) -> list[str]:
+    """The figures outside their gates, in words."""
+    wrong = [f"{p.name} {p.relative_linf:.2g} > {p.gate:g}" for p in record.outputs if not p.passed]
+    return wrong + [f"{p.name} {p.worst:.3g} > {p.gate:g}" for p in record.pixels if not p.passed]
+
+
+def parity_rows(record: ParityRecord) -> list[Mapping[str, str]]:
+    """The record as rows of a table: what, figure, gate, verdict."""
+    rows = [{"what": f"{p.name} (relative L-inf)", "figure": f"{p.relative_linf:.2e}", "gate": f"{p.gate:g}", "ok": "ok" if p.passed else "FAIL"} for p in record.outputs]
+    for p in record.pixels:
+        count = f"{p.count}" + (f", {p.undecided} undecided" if p.undecided else "")
+        rows.append({"what": f"{p.name.removesuffix('_px').replace('_', ' ')} ({count})", "figure": _figure(p), "gate": f"{p.gate:g}", "ok": "ok" if p.passed else "FAIL"})
+    return rows
+
+
+def _figure(parity: PixelParity) -> str:
+    unit = " px" if parity.name.endswith("_px") else ""
+    return f"worst {parity.worst:.3g}{unit}, mean {parity.mean:.2g}{unit}"

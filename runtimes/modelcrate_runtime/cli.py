@@ -1,0 +1,252 @@
+"""The command line of a device: run, inspect, backends. `modelcrate_converter.cli` adds what a build machine can do.
+
+Only here is anything printed, and only `exit_on_error` turns an error into an exit code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+
+import typer
+
+from modelcrate_bundle.bundle import Bundle
+from modelcrate_bundle.errors import ConfigError, InputError, ModelcrateError
+from modelcrate_bundle.schema import write_record
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from modelcrate_runtime.top_down import Instance
+
+app = typer.Typer(name="modelcrate", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
+INTERRUPTED: Final = 130
+JSON_OPTION = typer.Option("--json", help="Print JSON instead of tables.")
+
+
+def consoles() -> tuple[Console, Console]:
+    """Where results go and where errors and progress go."""
+    from rich.console import Console
+
+    return Console(highlight=False), Console(stderr=True, highlight=False)
+
+
+@contextlib.contextmanager
+def exit_on_error() -> Iterator[None]:
+    """Print an error in one line with its hint, and exit with its code. MODELCRATE_TRACEBACK=1 shows where it came from."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    # A service manager's SIGTERM cleans up like Ctrl-C does.
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except ModelcrateError as error:
+        if os.environ.get("MODELCRATE_TRACEBACK"):
+            raise
+        _, errors = consoles()
+        errors.print(f"error: {error}", style="bold red", markup=False, soft_wrap=True)
+        if error.hint:
+            errors.print(f" hint: {error.hint}", markup=False, soft_wrap=True)
+        raise typer.Exit(error.exit_code) from error
+    except KeyboardInterrupt:
+        _, errors = consoles()
+        errors.print("interrupted: nothing half-done was left behind", style="yellow")
+        raise typer.Exit(INTERRUPTED) from None
+    except BrokenPipeError:
+        # The reader of a pipe (head, less) has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(0) from None
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@app.command()
+def run(
+    inputs: Annotated[list[str], typer.Argument(help="One or two bundles (detector, pose estimator, or both for top-down), then images or folders of images.", metavar="BUNDLE... IMAGE...")],
+    save: Annotated[Path | None, typer.Option(help="Draw the results: a picture for one image, a folder for several.")] = None,
+    box: Annotated[list[str] | None, typer.Option(help="A box for the pose estimator: left,top,right,bottom in pixels. May be repeated. Without one: the whole image.")] = None,
+    det_thr: Annotated[float, typer.Option(help="Least score of a detection.")] = 0.3,
+    det_label: Annotated[int, typer.Option(help="Top-down: class of the detections that get a pose.")] = 0,
+    kpt_thr: Annotated[float, typer.Option(help="Least score of a keypoint that is drawn.")] = 0.3,
+    geometry: Annotated[Literal["exact", "sdk"] | None, typer.Option(help="Crop and box convention; default: the bundle's own.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device_id: Annotated[int, typer.Option(help="Which of them.")] = 0,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads inside one operator; default: one per usable core.")] = None,
+    as_json: Annotated[bool, JSON_OPTION] = False,
+) -> None:
+    """Run bundles on images; print a table or COCO-style JSON, draw pictures."""
+    with exit_on_error():
+        from modelcrate_runtime.images import image_files, read_image, write_image
+        from modelcrate_runtime.top_down import Runner
+
+        bundles, paths = _split_inputs(inputs)
+        files = [file for path in paths for file in image_files(path)]
+        boxes = [_parse_box(text) for text in box or []] or None
+        out, errors = consoles()
+        collected: list[dict[str, Any]] = []
+        with Runner.open(bundles, geometry=geometry, device=device, device_id=device_id, threads=threads, det_thr=det_thr, det_label=det_label) as runner:
+            for file in files:
+                image = read_image(file)
+                instances = runner.run(image, boxes)
+                if as_json:
+                    collected += [instance.coco(file.name) for instance in instances]
+                else:
+                    _print_instances(out, file, instances, runner)
+                if save is not None:
+                    target = save if len(files) == 1 and save.suffix else save / f"{file.stem}.png"
+                    write_image(target, runner.draw(image, instances, kpt_thr=kpt_thr))
+                    errors.print(f"wrote {target}", style="dim", markup=False)
+        if as_json:
+            sys.stdout.write(json.dumps(collected, indent=1) + "\n")
+
+
+@app.command()
+def inspect(
+    bundle: Annotated[Path, typer.Argument(help="A bundle's folder or a zip of it.")],
+    as_json: Annotated[bool, JSON_OPTION] = False,
+) -> None:
+    """Show what a bundle is, and check its files against its hashes."""
+    with exit_on_error():
+        opened = Bundle.open(bundle)
+        opened.verify()
+        if as_json:
+            import msgspec
+
+            raw = {"root": str(opened.root), "deploy": write_record(opened.deploy), "manifest": write_record(opened.manifest) if opened.manifest else None}
+            sys.stdout.write(msgspec.json.format(msgspec.json.encode(raw), indent=1).decode() + "\n")
+            return
+        _print_bundle(opened)
+
+
+@app.command()
+def backends(as_json: Annotated[bool, JSON_OPTION] = False) -> None:
+    """Show which backends are installed, what they can do here, and how to install what is missing."""
+    with exit_on_error():
+        rows = backend_rows(can_build={})
+        print_backends(rows, as_json=as_json)
+
+
+def backend_rows(*, can_build: dict[str, tuple[bool, str]]) -> list[dict[str, Any]]:
+    """One row per backend.
+
+    Args:
+        can_build: backend -> whether it can be built for here, and the command that would make it so.
+    """
+    from modelcrate_runtime.sessions import BACKENDS
+
+    rows = []
+    for name, backend in BACKENDS.items():
+        version, details = None, ""
+        if backend.is_installed:
+            module = importlib.import_module(backend.module)
+            version = str(getattr(module, "__version__", "unknown"))
+            details = ", ".join(module.get_available_providers()) if name == "onnxruntime" else ""
+        builds, build_hint = can_build.get(name, (False, f"pip install 'modelcrate[convert,{backend.extra}]'"))
+        hints = ([] if backend.is_installed else [backend.install_command]) + ([] if builds else [build_hint])
+        rows.append({"backend": name, "version": version, "can_build": builds, "can_run": version is not None, "details": details, "install": hints[-1] if hints else ""})
+    return rows
+
+
+def print_backends(rows: list[dict[str, Any]], *, as_json: bool) -> None:
+    """The table of backends."""
+    if as_json:
+        sys.stdout.write(json.dumps(rows, indent=1) + "\n")
+        return
+    from rich.table import Table
+
+    out, _ = consoles()
+    table = Table("backend", "version", "can build", "can run", "providers", "to install what is missing")
+    for row in rows:
+        table.add_row(row["backend"], row["version"] or "not installed", _yes(row["can_build"]), _yes(row["can_run"]), row["details"], row["install"].replace("[", "\\["))
+    out.print(table)
+
+
+def _yes(value: object) -> str:
+    return "yes" if value else "no"
+
+
+def _split_inputs(inputs: list[str]) -> tuple[list[Bundle], list[Path]]:
+    """Bundles first, then images: whatever has a deploy.json, or is a zip, is a bundle."""
+    bundles: list[Bundle] = []
+    paths: list[Path] = []
+    for text in inputs:
+        path = Path(text)
+        if not paths and (path.suffix == ".zip" or (path / "deploy.json").is_file() or (not bundles and not path.is_file())):
+            bundles.append(Bundle.open(path))
+        else:
+            paths.append(path)
+    if not bundles:
+        raise ConfigError(f"expected a bundle first, found {inputs[0]}", hint="modelcrate run crates/rtmdet-nano_onnxruntime image.jpg")
+    if len(bundles) > 2:
+        raise ConfigError(f"expected one or two bundles, found {len(bundles)}")
+    if not paths:
+        raise InputError("expected at least one image after the bundles, found none", hint="modelcrate run crates/rtmdet-nano_onnxruntime image.jpg")
+    return bundles, paths
+
+
+def _parse_box(text: str) -> list[float]:
+    try:
+        numbers = [float(part) for part in text.replace(" ", "").split(",")]
+    except ValueError as error:
+        raise InputError(f"--box: expected left,top,right,bottom, found {text!r}") from error
+    if len(numbers) != 4:
+        raise InputError(f"--box: expected four numbers, found {len(numbers)}", hint="--box 10,20,200,300")
+    return numbers
+
+
+def _print_instances(out: Console, file: Path, instances: list[Instance], runner: Any) -> None:
+    from rich.table import Table
+
+    if not instances:
+        out.print(f"{file}: nothing above the threshold", markup=False)
+        return
+    has_keypoints = any(instance.keypoints is not None for instance in instances)
+    table = Table(title=str(file), title_justify="left")
+    for heading in ["", "class", "box (left, top, right, bottom)", "score"] + (["keypoints", "mean keypoint score"] if has_keypoints else []):
+        table.add_column(heading, no_wrap=heading.startswith("box"))
+    for i, instance in enumerate(instances):
+        corners = ", ".join(f"{v:.2f}" for v in instance.box_xyxy)
+        row = [str(i), instance.class_name, f"({corners})", "" if instance.score is None else f"{instance.score:.3f}"]
+        if has_keypoints and instance.keypoints is not None:
+            row += [str(len(instance.keypoints)), f"{instance.keypoints[:, 2].mean():.3f}"]
+        table.add_row(*row)
+    out.print(table)
+    if has_keypoints and len(instances) == 1 and instances[0].keypoints is not None:
+        points = Table("keypoint", "x", "y", "score")
+        for name, (x, y, score) in zip(runner.keypoint_names, instances[0].keypoints, strict=False):
+            points.add_row(name, f"{x:.2f}", f"{y:.2f}", f"{score:.3f}")
+        out.print(points)
+
+
+def _print_bundle(bundle: Bundle) -> None:
+    from rich.table import Table
+
+    out, _ = consoles()
+    manifest = bundle.manifest
+    table = Table(show_header=False, title=str(bundle.root), title_justify="left")
+    table.add_row("task", str(bundle.deploy.task))
+    table.add_row("backend", bundle.model.backend)
+    table.add_row("component", f"{bundle.pipeline.postprocess.module}.{bundle.pipeline.postprocess.component}")
+    if manifest is None:
+        table.add_row("manifest", "none: written by MMDeploy; nothing to check it against")
+        out.print(table)
+        return
+    table.add_row("precision", manifest.precision)
+    table.add_row("geometry", manifest.geometry)
+    for kind, specs in (("input", manifest.inputs), ("output", manifest.outputs)):
+        for spec in specs:
+            table.add_row(kind, f"{spec.name} {spec.dtype} {' x '.join(map(str, spec.shape))}")
+    table.add_row("checkpoint", f"{manifest.provenance.checkpoint} {manifest.provenance.checkpoint_sha256[:16]}")
+    table.add_row("parity", "passed" if manifest.parity.passed else "not verified")
+    for entry in manifest.files:
+        table.add_row(entry.role, f"{entry.path} {entry.bytes} bytes, SHA-256 {entry.sha256[:16]}: unchanged")
+    out.print(table)

@@ -1,0 +1,267 @@
+"""Where the pixels of a network input lie in the image, and back.
+
+Two conventions, chosen by the bundle's manifest and overridable:
+
+exact   what the training code does, and its exact inverse: MMPose's affine crop (with or without UDP), MMDetection's resize, boxes as
+        (left, top, right, bottom) with right and bottom exclusive.
+sdk     what MMDeploy 1.x's SDK does, to the bit: crops on integer rectangles, boxes one pixel larger, clipping one pixel short.
+
+Image and network coordinates are in pixels, x to the right, y down; the centre of the top-left pixel is (0, 0) in both.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias
+
+import cv2
+import numpy as np
+
+from modelcrate_bundle.errors import InputError
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+Geometry: TypeAlias = Literal["exact", "sdk"]
+Points: TypeAlias = "NDArray[np.float32]"
+Image: TypeAlias = "NDArray[np.uint8]"
+
+PIXEL_STD: Final = 200.0
+"""MMPose's historical unit: the SDK keeps scales in units of 200 pixels."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Crop:
+    """The map of one top-down crop from network-input pixels back to image pixels: image = network * step + origin.
+
+    Attributes:
+        step_xy: image pixels per network pixel, (x, y).
+        origin_xy: image position of network pixel (0, 0), (x, y).
+    """
+
+    step_xy: tuple[float, float]
+    origin_xy: tuple[float, float]
+
+
+def to_image(points_xy: Points, crops: list[Crop]) -> Points:
+    """Map the keypoints of N crops back to the image.
+
+    Args:
+        points_xy: (N, K, 2) float32 in network-input pixels.
+        crops: (N) the crops that they were found in.
+
+    Returns:
+        (N, K, 2) float32 in image pixels.
+    """
+    step = np.array([crop.step_xy for crop in crops], dtype=np.float64)[:, None, :]
+    origin = np.array([crop.origin_xy for crop in crops], dtype=np.float64)[:, None, :]
+    return (points_xy * step + origin).astype(np.float32)
+
+
+def as_boxes(boxes: ArrayLike | None, *, image_hw: tuple[int, int]) -> NDArray[np.float32]:
+    """The caller's boxes as an array.
+
+    Args:
+        boxes: (4,) or (N, 4) left, top, right, bottom in image pixels; None stands for the whole image.
+        image_hw: image (height, width) in pixels.
+
+    Returns:
+        (N, 4) float32.
+
+    Raises:
+        InputError: another shape, or a coordinate that is not finite, or right < left or bottom < top.
+    """
+    if boxes is None:
+        height, width = image_hw
+        return np.array([[0, 0, width, height]], dtype=np.float32)
+    try:
+        array = np.asarray(boxes, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"boxes: expected numbers of shape (4,) or (N, 4), found {type(boxes).__name__}: {error}") from error
+    if array.size == 0:
+        return np.zeros((0, 4), dtype=np.float32)
+    if array.ndim == 1:
+        array = array[None]
+    if array.ndim != 2 or array.shape[1] != 4:
+        raise InputError(f"boxes: expected shape (4,) or (N, 4), found {np.shape(boxes)}", hint="a box is (left, top, right, bottom) in image pixels")
+    bad = ~np.isfinite(array).all(axis=1) | (array[:, 2] < array[:, 0]) | (array[:, 3] < array[:, 1])
+    if bad.any():
+        index = int(np.flatnonzero(bad)[0])
+        raise InputError(
+            f"box {index}: expected finite numbers with left <= right and top <= bottom, found {tuple(float(v) for v in array[index])}",
+            hint="a box is (left, top, right, bottom) in image pixels; convert (x, y, width, height) first",
+        )
+    return array
+
+
+# ---------------------------------------------------------------------------------------------------------------------- exact
+
+
+def crop_exact(image: Image, box_xyxy: NDArray[np.float32], *, size_wh: tuple[int, int], padding: float, use_udp: bool) -> tuple[Image, Crop]:
+    """MMPose's GetBBoxCenterScale and TopdownAffine, bit for bit, and the exact inverse of the warp.
+
+    The shorter side of the padded box grows to the input's aspect ratio. Without UDP network pixel i lies at image position
+    c - S/2 + i * S/W (`mmpose.structures.bbox.get_warp_matrix`); with UDP at c - S/2 + i * S/(W-1) (`get_udp_warp_matrix`; Huang et al.,
+    "The Devil Is in the Details: Delving into Unbiased Data Processing for Human Pose Estimation", CVPR 2020).
+
+    Args:
+        image: (H, W, 3) uint8.
+        box_xyxy: (4,) left, top, right, bottom in image pixels. A box without width or height counts as one pixel.
+        size_wh: network input (width, height) in pixels.
+        padding: factor on both sides of the box.
+        use_udp: whether the network was trained with UDP.
+
+    Returns:
+        The (height, width, 3) uint8 crop, black where it leaves the image, and its map back.
+    """
+    width, height = size_wh
+    left, top, right, bottom = box_xyxy
+    center = np.array([(left + right) * np.float32(0.5), (top + bottom) * np.float32(0.5)], dtype=np.float32)
+    box_w = np.float32(max(right - left, np.float32(1))) * np.float32(padding)
+    box_h = np.float32(max(bottom - top, np.float32(1))) * np.float32(padding)
+    aspect = np.float32(width / height)
+    if box_w > box_h * aspect:
+        box_h = box_w / aspect
+    else:
+        box_w = box_h * aspect
+    if use_udp:
+        step_x, step_y = float(box_w) / (width - 1), float(box_h) / (height - 1)
+        matrix = np.array(
+            [[1 / step_x, 0, (0.5 * float(box_w) - float(center[0])) / step_x], [0, 1 / step_y, (0.5 * float(box_h) - float(center[1])) / step_y]],
+            dtype=np.float32,
+        )
+    else:
+        step_x, step_y = float(box_w) / width, float(box_h) / height
+        matrix = _three_point_matrix(center, box_w, size_wh)
+    crop = Crop(step_xy=(step_x, step_y), origin_xy=(float(center[0]) - 0.5 * float(box_w), float(center[1]) - 0.5 * float(box_h)))
+    return warp_affine(image, matrix, size_wh=size_wh), crop
+
+
+def _three_point_matrix(center: NDArray[np.float32], box_w: np.float32, size_wh: tuple[int, int]) -> NDArray[np.float64]:
+    """The warp as MMPose computes it, from three float32 points: the same rounding gives the same crop."""
+    width, height = size_wh
+    source = np.zeros((3, 2), dtype=np.float32)
+    target = np.zeros((3, 2), dtype=np.float32)
+    source[0] = center
+    source[1] = center + np.array([box_w * np.float32(-0.5), 0], dtype=np.float32)
+    target[0] = (width * 0.5, height * 0.5)
+    target[1] = target[0] + np.array([width * -0.5, 0], dtype=np.float32)
+    for points in (source, target):
+        direction = points[0] - points[1]
+        points[2] = points[1] + np.array([-direction[1], direction[0]], dtype=np.float32)
+    return cv2.getAffineTransform(source, target)  # type: ignore[return-value]
+
+
+def warp_affine(image: Image, matrix: NDArray[np.floating], *, size_wh: tuple[int, int]) -> Image:
+    """OpenCV 4's bilinear `warpAffine` to the bit, on any OpenCV.
+
+    OpenCV 4 rounds the position of every sample to 1/32 pixel, and the networks were trained on such crops; OpenCV 5 no longer does, which
+    changes a crop by up to four levels. The positions are computed here as OpenCV 4 computed them, and `remap` takes them as they are.
+
+    Args:
+        image: (H, W, C) uint8.
+        matrix: (2, 3) image -> network.
+        size_wh: (width, height) of the result in pixels.
+
+    Returns:
+        (height, width, C) uint8, black outside the image.
+    """
+    width, height = size_wh
+    m00, m01, m02, m10, m11, m12 = (float(v) for v in np.asarray(matrix, dtype=np.float64).ravel())
+    determinant = m00 * m11 - m01 * m10
+    inverse = 1.0 / determinant if determinant else 0.0
+    a00, a01, a10, a11 = m11 * inverse, m01 * -inverse, m10 * -inverse, m00 * inverse
+    b0, b1 = -a00 * m02 - a01 * m12, -a10 * m02 - a11 * m12
+    columns, rows = np.arange(width), np.arange(height)
+    # 10 fractional bits while adding, 5 kept; the 16 rounds.
+    x_of_row, y_of_row = np.rint((a01 * rows + b0) * 1024) + 16, np.rint((a11 * rows + b1) * 1024) + 16
+    x_of_column, y_of_column = np.rint(a00 * columns * 1024), np.rint(a10 * columns * 1024)
+    if y_of_column.any() or (x_of_row != x_of_row[0]).any():
+        x, y = x_of_row[:, None] + x_of_column, y_of_row[:, None] + y_of_column
+    else:  # no rotation, as in every top-down crop: one row and one column say it all
+        x, y = (x_of_row[0] + x_of_column)[None, :], y_of_row[:, None]
+    x, y = (np.clip(v, -(2**30), 2**30).astype(np.int32) >> 5 for v in (x, y))
+    whole = np.empty((height, width, 2), dtype=np.int16)
+    whole[..., 0], whole[..., 1] = np.clip(x >> 5, -(2**15), 2**15 - 1), np.clip(y >> 5, -(2**15), 2**15 - 1)
+    fraction = ((y & 31) << 5).astype(np.uint16) | (x & 31).astype(np.uint16)
+    warped = cv2.remap(image, whole, fraction, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=0)
+    return warped.reshape(height, width, image.shape[2])  # type: ignore[return-value]  # OpenCV's stubs lose the dtype
+
+
+# ------------------------------------------------------------------------------------------------------------------------ sdk
+
+
+def crop_sdk(image: Image, box_xyxy: NDArray[np.float32] | None, *, size_wh: tuple[int, int], padding: float) -> tuple[Image, Crop]:
+    """The SDK's TopDownGetBboxCenterScale and TopDownAffine: crop, resize and zero-pad integer rectangles (spec 2.8 and 2.9).
+
+    All arithmetic is float32, as there. Unlike the SDK, a box outside the image gives finite keypoints: the nominal rectangle maps back.
+
+    Args:
+        image: (H, W, 3) uint8.
+        box_xyxy: (4,) left, top, right, bottom in image pixels, which the SDK widens by one pixel; None for the whole image, which it does not.
+        size_wh: network input (width, height) in pixels.
+        padding: factor on both sides of the box.
+
+    Returns:
+        The (height, width, 3) uint8 crop and its map back.
+    """
+    f32 = np.float32
+    width, height = size_wh
+    image_h, image_w = image.shape[:2]
+    if box_xyxy is None:
+        x, y, w, h = f32(0), f32(0), f32(image_w), f32(image_h)
+    else:
+        left, top, right, bottom = box_xyxy
+        x, y, w, h = left, top, right - left + f32(1), bottom - top + f32(1)
+    aspect = f32(width / height)
+    center_x, center_y = x + f32(0.5) * w, y + f32(0.5) * h
+    if w > aspect * h:
+        h = w / aspect
+    elif w < aspect * h:
+        w = aspect * h
+    size_x, size_y = w / f32(PIXEL_STD) * f32(padding) * f32(PIXEL_STD), h / f32(PIXEL_STD) * f32(padding) * f32(PIXEL_STD)
+    roi = (_round(center_x - size_x / 2), _round(center_y - size_y / 2), _round(size_x), _round(size_y))
+    source = _intersection(roi, (0, 0, image_w, image_h))
+    patch = np.zeros((height, width, image.shape[2]), dtype=np.uint8)
+    factor = f32(width) / size_x
+    target = _intersection(
+        (
+            _round(f32(source[0] - roi[0]) * factor),
+            _round(f32(source[1] - roi[1]) * factor),
+            _round(f32(source[2]) * factor),
+            _round(f32(source[3]) * factor),
+        ),
+        (0, 0, width, height),
+    )
+    if 0 in source[2:] or 0 in target[2:]:
+        step = (float(size_x) / width, float(size_y) / height)
+        return patch, Crop(step_xy=step, origin_xy=(float(center_x - size_x / 2), float(center_y - size_y / 2)))
+    sx, sy, sw, sh = source
+    tx, ty, tw, th = target
+    factor_x, factor_y = f32(tw) / f32(sw), f32(th) / f32(sh)
+    new_center = (
+        f32(sx + (sw - 1) / 2) + (f32(width / 2) - f32(tx + (tw - 1) / 2)) / factor_x,
+        f32(sy + (sh - 1) / 2) + (f32(height / 2) - f32(ty + (th - 1) / 2)) / factor_y,
+    )
+    new_size = (f32(width) / factor_x / f32(PIXEL_STD) * f32(PIXEL_STD), f32(height) / factor_y / f32(PIXEL_STD) * f32(PIXEL_STD))
+    patch[ty : ty + th, tx : tx + tw] = cv2.resize(image[sy : sy + sh, sx : sx + sw], (tw, th), interpolation=cv2.INTER_LINEAR)
+    crop = Crop(
+        step_xy=(float(new_size[0]) / width, float(new_size[1]) / height),
+        origin_xy=(float(new_center[0]) - float(new_size[0]) * 0.5, float(new_center[1]) - float(new_size[1]) * 0.5),
+    )
+    return patch, crop
+
+
+def _round(value: np.float32 | float) -> int:
+    """C's `round`: half away from zero. In double, where a float32 plus a half is exact."""
+    number = float(value)
+    return math.floor(number + 0.5) if number >= 0 else -math.floor(-number + 0.5)
+
+
+def _intersection(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+    """The common part of two (x, y, width, height) rectangles; all zero when there is none, as OpenCV has it."""
+    x, y = max(a[0], b[0]), max(a[1], b[1])
+    width = min(a[0] + a[2], b[0] + b[2]) - x
+    height = min(a[1] + a[3], b[1] + b[3]) - y
+    return (x, y, width, height) if width > 0 and height > 0 else (0, 0, 0, 0)

@@ -1,0 +1,88 @@
+"""Reading and writing image files, with errors that say what was found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import cv2
+import numpy as np
+
+from modelcrate_bundle.errors import InputError, OutputError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+IMAGE_SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
+JPEG_QUALITY: Final = 95
+
+
+def read_image(path: Path) -> NDArray[np.uint8]:
+    """Read an image file as 8-bit colour: grey is replicated, alpha dropped, 16 bits reduced, EXIF orientation applied.
+
+    Args:
+        path: a file in any format that OpenCV reads.
+
+    Returns:
+        (H, W, 3) BGR uint8.
+
+    Raises:
+        InputError: not there, or not an image.
+    """
+    try:
+        data = np.fromfile(path, dtype=np.uint8)
+    except OSError as error:
+        raise InputError(f"{path}: expected an image, found: {error.strerror}", hint="check the path") from error
+    try:
+        image = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
+    except cv2.error as error:
+        raise InputError(f"{path}: expected an image, found one that OpenCV refuses: {error.err}") from error
+    if image is None:
+        raise InputError(f"{path}: expected an image, found {'an empty file' if not data.size else 'something that OpenCV cannot decode'}", hint="convert it to JPEG or PNG")
+    return image  # type: ignore[return-value]
+
+
+def image_files(path: Path) -> list[Path]:
+    """The file itself, or the images directly in a folder, by name.
+
+    Raises:
+        InputError: nothing there, or a folder without images.
+    """
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+        if not files:
+            raise InputError(f"{path}: expected images ({', '.join(sorted(IMAGE_SUFFIXES))}), found none in the folder")
+        return files
+    if not path.is_file():
+        raise InputError(f"{path}: expected an image or a folder of images, found nothing there", hint="check the path")
+    return [path]
+
+
+def encode_jpeg(image: NDArray[np.uint8]) -> bytes:
+    """(H, W, 3) BGR uint8 as JPEG bytes."""
+    done, data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+    if not done:
+        raise OutputError("JPEG: OpenCV could not encode the picture")
+    return data.tobytes()
+
+
+def write_image(path: Path, image: NDArray[np.uint8]) -> None:
+    """Write a picture in the format of the path's suffix.
+
+    Raises:
+        OutputError: an unknown suffix, or the file cannot be written.
+    """
+    if path.suffix.lower() not in IMAGE_SUFFIXES:
+        raise OutputError(f"{path}: expected one of {', '.join(sorted(IMAGE_SUFFIXES))}, found {path.suffix or 'no suffix'!r}", hint="name the picture like out.png")
+    if path.suffix.lower() in {".jpg", ".jpeg"}:
+        data = encode_jpeg(image)
+    else:
+        done, encoded = cv2.imencode(path.suffix, image)
+        if not done:
+            raise OutputError(f"{path}: OpenCV could not encode the picture")
+        data = encoded.tobytes()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    except OSError as error:
+        raise OutputError(f"{path}: expected to write there, found: {error.strerror}", hint="choose another place with --save") from error

@@ -1,0 +1,349 @@
+"""From an image to the network's input, driven by the transforms of pipeline.json alone (spec section 2).
+
+A `Preprocessor` is compiled once per bundle: what cannot be run is refused when the bundle is opened, not at the first image. The transforms
+up to Normalize work on uint8 pixels; Normalize is a table look-up per channel, and the planes go straight into the batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+import cv2
+import numpy as np
+
+from modelcrate_bundle.errors import InputError, UnsupportedBundleError
+from modelcrate_bundle.schema import (
+    CenterCrop,
+    Collect,
+    DefaultFormatBundle,
+    ImageToTensor,
+    LetterResize,
+    LoadImageFromFile,
+    Normalize,
+    Pad,
+    Pipeline,
+    Resize,
+    TopDownAffine,
+    TopDownGetBboxCenterScale,
+    Transform,
+)
+from modelcrate_runtime.geometry import Crop, Geometry, Image, as_boxes, crop_exact, crop_sdk
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+Tensor: TypeAlias = "NDArray[np.float32]"
+
+_INTERPOLATION: Final = {
+    "nearest": cv2.INTER_NEAREST,
+    "bilinear": cv2.INTER_LINEAR,
+    "bicubic": cv2.INTER_CUBIC,
+    "area": cv2.INTER_AREA,
+    "lanczos": cv2.INTER_LANCZOS4,
+}
+_BORDER: Final = {"constant": cv2.BORDER_CONSTANT, "edge": cv2.BORDER_REPLICATE, "reflect": cv2.BORDER_REFLECT_101, "symmetric": cv2.BORDER_REFLECT}
+_KNOWN: Final = (
+    LoadImageFromFile, Resize, LetterResize, Pad, Normalize, CenterCrop, ImageToTensor, DefaultFormatBundle, Collect, TopDownGetBboxCenterScale, TopDownAffine,
+)  # fmt: skip
+
+
+@dataclass(kw_only=True, slots=True)
+class ImageMeta:
+    """What postprocessing must know of one network input.
+
+    Attributes:
+        image_hw: size of the caller's image, (height, width) in pixels.
+        resized_hw: size after resizing, before padding (LetterResize: after padding, as the SDK has it).
+        scale_xyxy: (4,) network pixels per image pixel, for left, top, right, bottom.
+        pad_left_top: network pixels of padding before the image.
+        border_xy: image pixels that are added after unscaling (`logical_or_val` padding).
+        crop: the map of a top-down crop, or None.
+    """
+
+    image_hw: tuple[int, int]
+    resized_hw: tuple[int, int]
+    scale_xyxy: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
+    pad_left_top: tuple[float, float] = (0.0, 0.0)
+    border_xy: tuple[int, int] = (0, 0)
+    crop: Crop | None = None
+
+
+def check_image(image: NDArray[np.generic], *, color: bool = True) -> Image:
+    """The caller's image as (H, W, 3) uint8 BGR, or (H, W, 1) where the network wants grey.
+
+    Args:
+        image: (H, W) or (H, W, 1) grey, (H, W, 3) BGR or (H, W, 4) BGRA, uint8; alpha is dropped.
+        color: whether three channels are wanted.
+
+    Raises:
+        InputError: not an array, another dtype or shape, or no pixels.
+    """
+    if not isinstance(image, np.ndarray):
+        raise InputError(f"image: expected a numpy array, found {type(image).__name__}", hint="read it with cv2.imread, and check that the file is there")
+    if image.dtype != np.uint8:
+        raise InputError(f"image: expected uint8 pixels, found {image.dtype}", hint="scale to 0..255 first; for 16-bit images: (image // 256).astype(numpy.uint8)")
+    if image.ndim == 2:
+        image = image[:, :, None]
+    if image.ndim != 3 or image.shape[2] not in {1, 3, 4} or 0 in image.shape:
+        raise InputError(f"image: expected shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), found {image.shape}")
+    channels = image.shape[2]
+    if not color:
+        if channels == 1:
+            return image
+        code = cv2.COLOR_BGR2GRAY if channels == 3 else cv2.COLOR_BGRA2GRAY
+        return cv2.cvtColor(image, code)[:, :, None]  # type: ignore[return-value]
+    if channels == 3:
+        return image
+    return cv2.cvtColor(image, cv2.COLOR_GRAY2BGR if channels == 1 else cv2.COLOR_BGRA2BGR)  # type: ignore[return-value]
+
+
+class Preprocessor:
+    """The compiled transforms of one bundle.
+
+    Attributes:
+        is_top_down: whether an input is a crop around a box rather than the image.
+    """
+
+    def __init__(self, pipeline: Pipeline, *, geometry: Geometry, where: str) -> None:
+        """Compile.
+
+        Args:
+            pipeline: the bundle's pipeline.json.
+            geometry: the convention to follow; see `modelcrate_runtime.geometry`.
+            where: the bundle's name, for messages.
+
+        Raises:
+            UnsupportedBundleError: a transform that there is no code for, or a combination of them that makes no sense.
+        """
+        self._geometry: Geometry = geometry
+        self._where = where
+        self._load = LoadImageFromFile()
+        self._normalize: Normalize | None = None
+        self._box_step: TopDownGetBboxCenterScale | None = None
+        self._before: list[Transform] = []
+        self._after: list[Pad] = []
+        for i, transform in enumerate(pipeline.preprocess.transforms):
+            self._place(transform, index=i)
+        self.is_top_down = any(isinstance(t, TopDownAffine) for t in self._before)
+        if self.is_top_down and self._box_step is None:
+            self._box_step = TopDownGetBboxCenterScale(image_size=next(t.image_size for t in self._before if isinstance(t, TopDownAffine)))
+        channels = 3 if self._load.color_type.startswith("color") else 1
+        mean = self._normalize.mean if self._normalize else [0.0] * channels
+        std = self._normalize.std if self._normalize else [1.0] * channels
+        if len(mean) != channels or len(std) != channels or 0.0 in std:
+            raise UnsupportedBundleError(f"{where}: Normalize: expected {channels} means and non-zero standard deviations, found {mean} and {std}")
+        # The SDK multiplies with the float32 reciprocal; a table of all 256 levels gives its numbers exactly, at the price of a look-up.
+        inverse = np.float32(1) / np.asarray(std, dtype=np.float32)
+        levels = np.arange(256, dtype=np.float32)
+        self._tables = [((levels - np.float32(m)) * inverse[c]).reshape(1, 256) for c, m in enumerate(mean)]
+        swap = bool(self._normalize and self._normalize.to_rgb and channels == 3)
+        self._source_channel = (2, 1, 0) if swap else tuple(range(channels))
+        self._channels = channels
+
+    def _place(self, transform: Transform, *, index: int) -> None:
+        """Sort one transform into load, before Normalize, Normalize, after it."""
+        at = f"{self._where}: transforms[{index}]"
+        if not isinstance(transform, _KNOWN):
+            name = getattr(transform, "name", transform.type)
+            raise UnsupportedBundleError(f"{at}: expected one of {', '.join(t.type for t in _KNOWN)}, found {name}")
+        if isinstance(transform, LoadImageFromFile):
+            self._load = transform
+        elif isinstance(transform, Normalize):
+            self._normalize = transform
+        elif isinstance(transform, TopDownGetBboxCenterScale):
+            self._box_step = transform
+        elif isinstance(transform, Pad) and self._normalize is not None:
+            self._after.append(transform)
+        elif isinstance(transform, (Resize, LetterResize, Pad, CenterCrop, TopDownAffine)):
+            if self._normalize is not None:
+                raise UnsupportedBundleError(f"{at}: {transform.type} after Normalize is not supported")
+            self._before.append(transform)
+        if isinstance(transform, Resize) and transform.interpolation not in _INTERPOLATION:
+            raise UnsupportedBundleError(f"{at}: interpolation: expected one of {', '.join(_INTERPOLATION)}, found {transform.interpolation!r}")
+        if isinstance(transform, Pad) and transform.padding_mode not in _BORDER:
+            raise UnsupportedBundleError(f"{at}: padding_mode: expected one of {', '.join(_BORDER)}, found {transform.padding_mode!r}")
+
+    def prepare(self, image: NDArray[np.generic]) -> Image:
+        """Check the caller's image and bring its channels to the order that LoadImageFromFile asks for: (H, W, C) uint8."""
+        color = self._channels == 3
+        checked = check_image(image, color=color)
+        if color and self._load.channel_order != "bgr":
+            return cv2.cvtColor(checked, cv2.COLOR_BGR2RGB)  # type: ignore[return-value]
+        return checked
+
+    def image(self, image: NDArray[np.generic]) -> tuple[Tensor, ImageMeta]:
+        """One whole image.
+
+        Args:
+            image: as `check_image` takes it.
+
+        Returns:
+            (1, C, h, w) float32 and its meta.
+        """
+        pixels = self.prepare(image)
+        height, width = pixels.shape[:2]
+        meta = ImageMeta(image_hw=(height, width), resized_hw=(height, width))
+        for transform in self._before:
+            pixels = self._apply(transform, pixels, meta)
+        tensor = np.empty((1, self._channels, *pixels.shape[:2]), dtype=np.float32)
+        self._fill(pixels, tensor[0])
+        for pad in self._after:
+            tensor = _pad_planes(tensor, pad)
+        return tensor, meta
+
+    def crops(self, image: NDArray[np.generic], boxes: ArrayLike | None) -> tuple[Tensor, list[Crop]]:
+        """One crop for each box of an image.
+
+        Args:
+            image: as `check_image` takes it.
+            boxes: (4,) or (N, 4) left, top, right, bottom in image pixels; None for the whole image.
+
+        Returns:
+            (N, C, h, w) float32 and the N maps back.
+        """
+        affine = next(t for t in self._before if isinstance(t, TopDownAffine))
+        assert self._box_step is not None  # the constructor saw to it
+        pixels = self.prepare(image)
+        height, width = pixels.shape[:2]
+        array = as_boxes(boxes, image_hw=(height, width))
+        size_wh = affine.image_size
+        tensor = np.empty((len(array), self._channels, size_wh[1], size_wh[0]), dtype=np.float32)
+        crops = []
+        for planes, box in zip(tensor, array, strict=True):
+            if self._geometry == "sdk":
+                patch, crop = crop_sdk(pixels, None if boxes is None else box, size_wh=size_wh, padding=self._box_step.padding)
+            else:
+                patch, crop = crop_exact(pixels, box, size_wh=size_wh, padding=self._box_step.padding, use_udp=bool(affine.use_udp))
+            self._fill(patch, planes)
+            crops.append(crop)
+        return tensor, crops
+
+    def _fill(self, pixels: Image, planes: NDArray[np.float32]) -> None:
+        """Normalize (h, w, C) uint8 pixels into (C, h, w) float32 planes of a batch."""
+        for plane, table, channel in zip(planes, self._tables, self._source_channel, strict=True):
+            cv2.LUT(cv2.extractChannel(pixels, channel), table, dst=plane)
+
+    def _apply(self, transform: Transform, pixels: Image, meta: ImageMeta) -> Image:
+        if isinstance(transform, Resize):
+            return _resize(pixels, transform, meta, geometry=self._geometry)
+        if isinstance(transform, LetterResize):
+            return _letter_resize(pixels, transform, meta)
+        if isinstance(transform, Pad):
+            return _pad(pixels, transform, meta)
+        if isinstance(transform, CenterCrop):
+            return _center_crop(pixels, transform)
+        raise UnsupportedBundleError(f"{self._where}: {transform.type} needs a box; this task gives whole images")
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
+
+
+def _resize(pixels: Image, transform: Resize, meta: ImageMeta, *, geometry: Geometry) -> Image:
+    """Spec 2.2. The SDK keeps the ratio in float32, MMCV in double: they differ for a few odd sizes."""
+    height, width = pixels.shape[:2]
+    target_w, target_h = _pair(transform.size)
+    if target_h == -1:
+        short = target_w
+        target_w, target_h = (short, short * height // width) if width < height else (short * width // height, short)
+    if transform.keep_ratio:
+        long_edge, short_edge = max(target_w, target_h), min(target_w, target_h)
+        ratio = min(long_edge / max(height, width), short_edge / min(height, width))
+        if geometry == "sdk":
+            single = np.float32(ratio)
+            new_w, new_h = int(float(np.float32(width) * single) + 0.5), int(float(np.float32(height) * single) + 0.5)
+        else:
+            new_w, new_h = int(width * ratio + 0.5), int(height * ratio + 0.5)
+    else:
+        new_w, new_h = target_w, target_h
+    new_w, new_h = max(new_w, 1), max(new_h, 1)  # a sliver of an image still has a pixel
+    if (new_h, new_w) != (height, width):
+        pixels = cv2.resize(pixels, (new_w, new_h), interpolation=_INTERPOLATION[transform.interpolation]).reshape(new_h, new_w, -1)  # type: ignore[assignment]
+    meta.resized_hw = (new_h, new_w)
+    scale_x, scale_y = new_w / width, new_h / height
+    meta.scale_xyxy = (scale_x, scale_y, scale_x, scale_y)
+    return pixels
+
+
+def _letter_resize(pixels: Image, transform: LetterResize, meta: ImageMeta) -> Image:
+    """Spec 2.4."""
+    height, width = pixels.shape[:2]
+    target_h, target_w = _pair(transform.scale)
+    ratio = np.float32(min(target_h / height, target_w / width))
+    if not transform.allow_scale_up:
+        ratio = min(ratio, np.float32(1))
+    ratio_w = ratio_h = float(ratio)
+    new_h, new_w = int(float(np.float32(height) * ratio) + 0.5), int(float(np.float32(width) * ratio) + 0.5)
+    pad_h, pad_w = target_h - new_h, target_w - new_w
+    if transform.use_mini_pad:
+        pad_h, pad_w = pad_h % 32, pad_w % 32
+    elif transform.stretch_only:
+        pad_h = pad_w = 0
+        new_h, new_w = target_h, target_w
+        ratio_h, ratio_w = target_h / height, target_w / width
+    pixels = cv2.resize(pixels, (new_w, new_h), interpolation=cv2.INTER_LINEAR).reshape(new_h, new_w, -1)  # type: ignore[assignment]
+    top, left = pad_h // 2, pad_w // 2
+    value = transform.pad_val
+    fill = float(value.get("img", 0)) if isinstance(value, dict) else float(value)
+    meta.scale_xyxy = tuple(old * new for old, new in zip(meta.scale_xyxy, (ratio_w, ratio_h, ratio_w, ratio_h), strict=True))  # type: ignore[assignment]
+    meta.pad_left_top = (float(left), float(top))
+    meta.resized_hw = (new_h + pad_h, new_w + pad_w)
+    return _bordered(pixels, top, pad_h - top, left, pad_w - left, mode="constant", fill=fill)
+
+
+def _pad(pixels: Image, transform: Pad, meta: ImageMeta) -> Image:
+    """Spec 2.3: to a square, to a size, to a multiple, or around."""
+    height, width = pixels.shape[:2]
+    if transform.logical_or_val > 0 and not (transform.pad_to_square or transform.size or (transform.size_divisor or 1) != 1):
+        target_h = (height | transform.logical_or_val) + transform.add_pix_val
+        target_w = (width | transform.logical_or_val) + transform.add_pix_val
+        top, left = target_h // 2 - height // 2, target_w // 2 - width // 2
+        meta.border_xy = (left, top)
+        return _bordered(pixels, top, target_h - height - top, left, target_w - width - left, mode=transform.padding_mode, fill=transform.fill)
+    bottom, right = _missing(transform, height, width)
+    return _bordered(pixels, 0, bottom, 0, right, mode=transform.padding_mode, fill=transform.fill)
+
+
+def _missing(transform: Pad, height: int, width: int) -> tuple[int, int]:
+    """Rows and columns that a Pad adds at the bottom and the right."""
+    target_h, target_w = height, width
+    if transform.pad_to_square:
+        target_h = target_w = max(height, width)
+    elif transform.size is not None:
+        target_w, target_h = _pair(transform.size)
+        if transform.orientation_agnostic:
+            long_edge, short_edge = max(target_w, target_h), min(target_w, target_h)
+            target_h, target_w = (short_edge, long_edge) if height < width else (long_edge, short_edge)
+    elif (transform.size_divisor or 1) != 1:
+        divisor = int(transform.size_divisor or 1)
+        target_h, target_w = -(-height // divisor) * divisor, -(-width // divisor) * divisor
+    if target_h < height or target_w < width:
+        raise InputError(
+            f"image: expected at most {target_w}x{target_h} pixels before padding, found {width}x{height}", hint="the bundle's Pad is smaller than its Resize: convert it again"
+        )
+    return target_h - height, target_w - width
+
+
+def _bordered(pixels: Image, top: int, bottom: int, left: int, right: int, *, mode: str, fill: float) -> Image:
+    if not (top or bottom or left or right):
+        return pixels
+    shape = (pixels.shape[0] + top + bottom, pixels.shape[1] + left + right, pixels.shape[2])
+    value = (fill,) * 4
+    return cv2.copyMakeBorder(pixels, top, bottom, left, right, _BORDER[mode], value=value).reshape(shape)  # type: ignore[return-value]
+
+
+def _pad_planes(tensor: Tensor, transform: Pad) -> Tensor:
+    """A Pad after Normalize: its value is in normalised units."""
+    bottom, right = _missing(transform, tensor.shape[2], tensor.shape[3])
+    if not (bottom or right):
+        return tensor
+    return np.pad(tensor, ((0, 0), (0, 0), (0, bottom), (0, right)), constant_values=transform.fill)
+
+
+def _center_crop(pixels: Image, transform: CenterCrop) -> Image:
+    """Spec 2.6; halves round away from zero."""
+    height, width = pixels.shape[:2]
+    crop_h, crop_w = _pair(transform.crop_size)
+    top, left = max(0, int((height - crop_h) / 2 + 0.5)), max(0, int((width - crop_w) / 2 + 0.5))
+    return pixels[top : top + crop_h, left : left + crop_w]

@@ -1,0 +1,48 @@
+"""What the tasks return: arrays with their shapes, dtypes and frames stated once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Detections:
+    """The objects in one image, best first.
+
+    Attributes:
+        boxes_xyxy: (N, 4) float32 left, top, right, bottom in image pixels.
+        scores: (N,) float32 in 0..1.
+        labels: (N,) int32 indices into the bundle's class names.
+    """
+
+    boxes_xyxy: NDArray[np.float32]
+    scores: NDArray[np.float32]
+    labels: NDArray[np.int32]
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def __getitem__(self, index: NDArray[np.bool_] | NDArray[np.intp] | slice) -> Detections:
+        """The detections that a mask, an index array or a slice selects."""
+        return Detections(boxes_xyxy=self.boxes_xyxy[index], scores=self.scores[index], labels=self.labels[index])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Poses:
+    """The keypoints of the N boxes of one image, in the order of the boxes.
+
+    Attributes:
+        keypoints_xy: (N, K, 2) float32 in image pixels; a point may lie outside the image.
+        scores: (N, K) float32. For SimCC heads an unnormalised maximum, usually 0..1 and sometimes above.
+    """
+
+    keypoints_xy: NDArray[np.float32]
+    scores: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.scores)

@@ -1,0 +1,128 @@
+"""ONNX Runtime: the providers that were asked for or an error, never a silent fallback."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from modelcrate_bundle.errors import BundleIntegrityError, ConfigError, InputError, MissingBackendError, UnsupportedBundleError
+from modelcrate_bundle.tensors import Dim, TensorSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from modelcrate_runtime.sessions import SessionOptions
+
+_DTYPES: Final = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(double)": "float64",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(uint8)": "uint8",
+    "tensor(int8)": "int8",
+    "tensor(bool)": "bool",
+}
+_PROVIDERS: Final = {"cpu": ("CPUExecutionProvider",), "cuda": ("CUDAExecutionProvider", "CPUExecutionProvider")}
+
+
+class OnnxRuntimeSession:
+    """One ONNX file in ONNX Runtime.
+
+    Attributes:
+        inputs: the graph's inputs.
+        outputs: the graph's outputs.
+        providers: the execution providers in force, first choice first.
+        threads: threads inside one operator.
+    """
+
+    def __init__(self, path: Path, options: SessionOptions) -> None:
+        """Load.
+
+        Raises:
+            ConfigError: an unknown device.
+            MissingBackendError: a provider that this ONNX Runtime does not have, or that did not start.
+            BundleIntegrityError: the file is no ONNX graph that ONNX Runtime can read.
+            UnsupportedBundleError: it needs operators or an IR version that this ONNX Runtime does not have.
+        """
+        import onnxruntime as ort
+
+        ort.disable_telemetry_events()
+        wanted = options.providers or _PROVIDERS.get(options.device)
+        if wanted is None:
+            raise ConfigError(f"device: expected one of {', '.join(_PROVIDERS)}, found {options.device!r}")
+        available = ort.get_available_providers()
+        missing = [name for name in wanted if name not in available]
+        if missing:
+            raise MissingBackendError(
+                f"onnxruntime {ort.__version__}: expected the provider {missing[0]}, found {', '.join(available)}",
+                hint="install the ONNX Runtime build that has it (for CUDA: pip install onnxruntime-gpu), or use the device cpu",
+            )
+        self.threads = options.threads or _usable_cores()
+        settings = ort.SessionOptions()
+        settings.intra_op_num_threads = self.threads
+        settings.inter_op_num_threads = 1
+        settings.log_severity_level = 3
+        chosen: list[Any] = [(name, {"device_id": str(options.device_id)}) if name.startswith("CUDA") else name for name in wanted]
+        try:
+            self._session: Any = ort.InferenceSession(str(path), settings, providers=chosen)
+        except Exception as error:
+            raise _load_error(path, error) from error
+        self.providers = tuple(self._session.get_providers())
+        if self.providers[0] != wanted[0]:
+            raise MissingBackendError(f"{path}: expected to run on {wanted[0]}, found {self.providers[0]}: the provider did not start", hint="see ONNX Runtime's own message above")
+        self.inputs = tuple(_spec(node) for node in self._session.get_inputs())
+        self.outputs = tuple(_spec(node) for node in self._session.get_outputs())
+        self._names = [spec.name for spec in self.outputs]
+
+    def run(self, feeds: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
+        """Run once.
+
+        Raises:
+            InputError: a name, shape or dtype that the graph does not take.
+        """
+        try:
+            values = self._session.run(self._names, feeds)
+        except Exception as error:  # ONNX Runtime's own exceptions share no base class but Exception
+            found = ", ".join(f"{name} {value.dtype}{list(value.shape)}" for name, value in feeds.items())
+            expected = ", ".join(f"{spec.name} {spec.dtype}{list(spec.shape)}" for spec in self.inputs)
+            raise InputError(f"onnxruntime: expected {expected}, found {found}: {_first_line(error)}") from error
+        return dict(zip(self._names, values, strict=True))
+
+    def close(self) -> None:
+        """Free the network."""
+        self._session = None
+
+
+def open_session(files: Mapping[str, Path], options: SessionOptions) -> OnnxRuntimeSession:
+    """The session of the ONNX file under the role `net`."""
+    return OnnxRuntimeSession(files["net"], options)
+
+
+def _usable_cores() -> int:
+    """Cores that this process may use; ONNX Runtime's own default ignores affinity masks and container limits."""
+    if hasattr(os, "sched_getaffinity"):
+        return max(1, len(os.sched_getaffinity(0)))
+    return os.cpu_count() or 1
+
+
+def _spec(node: Any) -> TensorSpec:
+    shape: tuple[Dim, ...] = tuple(dim if isinstance(dim, (int, str)) else f"{node.name}_dim_{i}" for i, dim in enumerate(node.shape))
+    return TensorSpec(name=node.name, dtype=_DTYPES.get(node.type, node.type), shape=shape)
+
+
+def _load_error(path: Path, error: Exception) -> BundleIntegrityError | UnsupportedBundleError:
+    text = _first_line(error)
+    if any(words in text for words in ("not a registered function/op", "No opset import", "Unsupported model IR version", "is not implemented", "NOT_IMPLEMENTED")):
+        return UnsupportedBundleError(f"{path}: expected operators that ONNX Runtime has, found: {text}", hint="convert the checkpoint with modelcrate: its graphs need no custom operators")
+    return BundleIntegrityError(f"{path}: expected an ONNX graph, found: {text}", hint="copy the bundle again from where it was built, or convert again")
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

@@ -1,0 +1,32 @@
+"""Keypoint metadata of data sets, for bundles that do not say what their keypoints are."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from modelcrate_bundle.manifest import KeypointInfo
+
+_BLUE: Final = (51, 153, 255)
+_GREEN: Final = (0, 255, 0)
+_ORANGE: Final = (255, 128, 0)
+
+COCO_17: Final = KeypointInfo(
+    names=[
+        "nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_shoulder", "right_shoulder", "left_elbow", "right_elbow",
+        "left_wrist", "right_wrist", "left_hip", "right_hip", "left_knee", "right_knee", "left_ankle", "right_ankle",
+    ],
+    skeleton=[
+        (15, 13), (13, 11), (16, 14), (14, 12), (11, 12), (5, 11), (6, 12), (5, 6), (5, 7), (6, 8), (7, 9), (8, 10),
+        (1, 2), (0, 1), (0, 2), (1, 3), (2, 4), (3, 5), (4, 6),
+    ],
+    flip_pairs=[(1, 2), (3, 4), (5, 6), (7, 8), (9, 10), (11, 12), (13, 14), (15, 16)],
+    sigmas=[0.026, 0.025, 0.025, 0.035, 0.035, 0.079, 0.079, 0.072, 0.072, 0.062, 0.062, 0.107, 0.107, 0.087, 0.087, 0.089, 0.089],
+    colors=[_BLUE] * 5 + [_GREEN, _ORANGE] * 6,
+    link_colors=[_GREEN] * 2 + [_ORANGE] * 2 + [_BLUE] * 4 + [_GREEN, _ORANGE] * 2 + [_BLUE] * 7,
+)  # fmt: skip
+"""COCO body: names, links, colours and OKS sigmas as MMPose's `configs/_base_/datasets/coco.py` and pycocotools have them."""
+
+
+def keypoint_info(count: int) -> KeypointInfo:
+    """What is known of K keypoints from their number alone: COCO's body for 17, else numbered points without links."""
+    return COCO_17 if count == len(COCO_17.names) else KeypointInfo(names=[f"keypoint_{i}" for i in range(count)])

@@ -1,0 +1,302 @@
+"""Detector and PoseDetector: MMDeploy's Python classes with the same calls and returns, and typed ones beside them.
+
+Code written for `mmdeploy_runtime` runs with its import line changed. `detect` and `estimate` return typed results; `batch` and the batched
+methods run many inputs in as few network calls as the artefact allows.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, Self
+
+import numpy as np
+
+from modelcrate_bundle.bundle import Bundle
+from modelcrate_bundle.errors import BundleFormatError, ConfigError, TaskMismatchError
+from modelcrate_runtime.postprocess import BoxDecoder, KeypointDecoder
+from modelcrate_runtime.preprocess import ImageMeta, Preprocessor
+from modelcrate_runtime.results import Detections, Poses
+from modelcrate_runtime.sessions import Session, SessionOptions, open_session
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Sequence
+    from types import TracebackType
+
+    from numpy.typing import ArrayLike, NDArray
+
+    from modelcrate_bundle.tensors import TensorSpec
+    from modelcrate_runtime.geometry import Crop, Geometry
+    from modelcrate_runtime.preprocess import Tensor
+
+DEFAULT_MAX_BATCH: Final = 32
+"""Inputs in one network call where the artefact takes any number and no manifest says otherwise: more only costs memory."""
+
+
+class _Task:
+    """A bundle that is loaded: session, preprocessing, and the batch sizes it takes."""
+
+    def __init__(
+        self,
+        model_path: str | os.PathLike[str] | Bundle,
+        device_name: str = "cpu",
+        device_id: int = 0,
+        *,
+        geometry: Geometry | None = None,
+        threads: int | None = None,
+        providers: Sequence[str] | None = None,
+        verify: bool = True,
+        warmup: int = 0,
+    ) -> None:
+        """Load a bundle.
+
+        Args:
+            model_path: a bundle's folder, a zip of it, or an opened bundle.
+            device_name: "cpu" or "cuda".
+            device_id: which of them.
+            geometry: "exact" or "sdk"; None takes the manifest's, and "sdk" for bundles that MMDeploy wrote.
+            threads: threads inside one operator; None is one per usable core.
+            providers: ONNX Runtime's execution providers, to use exactly these.
+            verify: whether to compare the files with the manifest's hashes first.
+            warmup: network calls on zeros before the constructor returns, so that the first image is not the slow one.
+
+        Raises:
+            BundleError: see `Bundle.open` and `Bundle.verify`.
+            TaskMismatchError: a bundle of another task.
+            MissingBackendError: the framework is not installed or lacks the device.
+        """
+        bundle = model_path if isinstance(model_path, Bundle) else Bundle.open(model_path)
+        if verify:
+            bundle.verify()
+        if geometry not in {None, "exact", "sdk"}:
+            raise ConfigError(f"geometry: expected 'exact' or 'sdk', found {geometry!r}")
+        default: Geometry = "exact" if bundle.manifest and bundle.manifest.geometry == "exact" else "sdk"
+        self.bundle: Bundle = bundle
+        self.geometry: Geometry = geometry or default
+        self._open_decoder()
+        self._preprocessor = Preprocessor(bundle.pipeline, geometry=self.geometry, where=str(bundle.root))
+        self.session: Session = open_session(
+            bundle, SessionOptions(device=device_name, device_id=device_id, threads=threads, providers=tuple(providers) if providers else None)
+        )
+        self._input = self._image_input()
+        output_map = bundle.pipeline.net.output_map
+        self._seen_as = {network: seen for seen, network in output_map.items()}
+        for _ in range(warmup):
+            shape = [dim if isinstance(dim, int) else 1 for dim in self._input.shape]
+            self.session.run({self._input.name: np.zeros(shape, dtype=self._input.dtype)})
+
+    def _open_decoder(self) -> None:
+        raise AssertionError  # each task has its own
+
+    def _image_input(self) -> TensorSpec:
+        """The network input that the preprocessed image goes to."""
+        inputs = self.session.inputs
+        name = self.bundle.pipeline.net.input_map.get("img", inputs[0].name if len(inputs) == 1 else "img")
+        for spec in inputs:
+            if spec.name == name:
+                return spec
+        raise BundleFormatError(f"{self.bundle.root}/pipeline.json: input_map: expected one of {', '.join(s.name for s in inputs)} for 'img', found {name!r}")
+
+    @property
+    def max_batch(self) -> int:
+        """Inputs that one network call may take."""
+        first = self._input.shape[0]
+        if isinstance(first, int):
+            return first
+        manifest = self.bundle.manifest
+        limits = manifest.shape_ranges.get(self._input.name) if manifest else None
+        return limits.max[0] if limits else DEFAULT_MAX_BATCH
+
+    def _infer(self, tensor: Tensor) -> dict[str, NDArray[np.generic]]:
+        """Run (N, C, h, w) in as few calls as the artefact allows; a fixed batch is filled up and its surplus rows dropped."""
+        limit = self.max_batch
+        fixed = isinstance(self._input.shape[0], int)
+        if self._input.dtype != "float32":
+            tensor = tensor.astype(self._input.dtype)
+        parts = []
+        for start in range(0, len(tensor), limit):
+            chunk = tensor[start : start + limit]
+            count = len(chunk)
+            if fixed and count < limit:
+                chunk = np.concatenate([chunk, np.zeros((limit - count, *chunk.shape[1:]), dtype=chunk.dtype)])
+            outputs = self.session.run({self._input.name: chunk})
+            parts.append({self._seen_as.get(name, name): value[:count] if fixed else value for name, value in outputs.items()})
+        if len(parts) == 1:
+            return parts[0]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def close(self) -> None:
+        """Free the network."""
+        self.session.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+class Detector(_Task):
+    """Finds objects in whole images. The constructor's arguments are `_Task`'s.
+
+    Attributes:
+        bundle: what was opened.
+        geometry: the convention in force, "exact" or "sdk".
+        session: the network.
+    """
+
+    def _open_decoder(self) -> None:
+        _check_task(self.bundle, module="mmdet", expected="Detector")
+        self._decoder = BoxDecoder(self.bundle.pipeline, geometry=self.geometry, where=str(self.bundle.root))
+
+    @property
+    def class_names(self) -> list[str]:
+        """Label -> name; empty for bundles without a manifest."""
+        return self.bundle.manifest.class_names if self.bundle.manifest else []
+
+    def __call__(self, img: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.int32], list[NDArray[np.float64]]]:
+        """Detect, as `mmdeploy_runtime.Detector` does.
+
+        Args:
+            img: (H, W, 3) BGR or (H, W) grey, uint8.
+
+        Returns:
+            boxes (N, 5) float32 with left, top, right, bottom in image pixels and the score; labels (N,) int32; and N empty masks.
+        """
+        return _as_mmdeploy(self.detect(img))
+
+    def batch(self, imgs: Sequence[NDArray[np.uint8]]) -> list[tuple[NDArray[np.float32], NDArray[np.int32], list[NDArray[np.float64]]]]:
+        """`__call__` for several images, in as few network calls as the artefact allows."""
+        return [_as_mmdeploy(detections) for detections in self.detect_batch(imgs)]
+
+    def detect(self, image: NDArray[np.uint8]) -> Detections:
+        """Detect in one image.
+
+        Args:
+            image: (H, W, 3) BGR, (H, W, 4) BGRA or (H, W) grey, uint8.
+
+        Raises:
+            InputError: not such an image.
+        """
+        return self.detect_batch([image])[0]
+
+    def detect_batch(self, images: Sequence[NDArray[np.uint8]]) -> list[Detections]:
+        """Detect in several images, of any sizes; those that need the same network input shape share a call."""
+        prepared = [self._preprocessor.image(image) for image in images]
+        by_shape: dict[tuple[int, ...], list[int]] = {}
+        for i, (tensor, _) in enumerate(prepared):
+            by_shape.setdefault(tensor.shape, []).append(i)
+        results: list[Detections | None] = [None] * len(prepared)
+        for shape, indices in by_shape.items():
+            tensors = [prepared[i][0] for i in indices]
+            metas: list[ImageMeta] = [prepared[i][1] for i in indices]
+            outputs = self._infer(tensors[0] if len(tensors) == 1 else np.concatenate(tensors))
+            for i, detections in zip(indices, self._decoder.decode(outputs, metas, input_hw=(shape[2], shape[3])), strict=True):
+                results[i] = detections
+        return [detections for detections in results if detections is not None]
+
+
+class PoseDetector(_Task):
+    """Finds the keypoints of objects whose boxes are known. The constructor's arguments are `_Task`'s.
+
+    Attributes:
+        bundle: what was opened.
+        geometry: the convention in force, "exact" or "sdk".
+        session: the network.
+    """
+
+    def _open_decoder(self) -> None:
+        _check_task(self.bundle, module="mmpose", expected="PoseDetector")
+        self._decoder = KeypointDecoder(self.bundle.pipeline, geometry=self.geometry, where=str(self.bundle.root))
+
+    def __call__(self, img: NDArray[np.uint8], bboxes: ArrayLike | None = None, *, box: ArrayLike | None = None) -> NDArray[np.float32]:
+        """Estimate, as `mmdeploy_runtime.PoseDetector` does.
+
+        Args:
+            img: (H, W, 3) BGR or (H, W) grey, uint8.
+            bboxes: (4,) or (N, 4) left, top, right, bottom in image pixels; None for the whole image.
+            box: the other name that `mmdeploy_runtime` has for one box.
+
+        Returns:
+            (N, K, 3) float32: x and y in image pixels, score. N is 1 when no boxes are given.
+        """
+        return _stacked(self.estimate(img, box if bboxes is None else bboxes))
+
+    def batch(self, imgs: Sequence[NDArray[np.uint8]], bboxes: Sequence[ArrayLike | None] = ()) -> list[NDArray[np.float32]]:
+        """`__call__` for several images, all boxes of all images in as few network calls as the artefact allows.
+
+        Args:
+            imgs: the images.
+            bboxes: for each image its (N, 4) boxes; empty for whole images.
+        """
+        return [_stacked(poses) for poses in self.estimate_batch(imgs, bboxes or [None] * len(imgs))]
+
+    def estimate(self, image: NDArray[np.uint8], boxes_xyxy: ArrayLike | None = None) -> Poses:
+        """Estimate the poses in one image, all boxes in one network call where the artefact allows it.
+
+        Args:
+            image: (H, W, 3) BGR, (H, W, 4) BGRA or (H, W) grey, uint8.
+            boxes_xyxy: (4,) or (N, 4) left, top, right, bottom in image pixels; None for the whole image.
+
+        Raises:
+            InputError: not such an image, or boxes that cannot be used.
+        """
+        return self.estimate_batch([image], [boxes_xyxy])[0]
+
+    def estimate_batch(self, images: Sequence[NDArray[np.uint8]], boxes_xyxy: Sequence[ArrayLike | None]) -> list[Poses]:
+        """Estimate the poses in several images.
+
+        Args:
+            images: the images.
+            boxes_xyxy: for each image its boxes, as `estimate` takes them.
+
+        Returns:
+            For each image its poses, in the order of its boxes.
+        """
+        prepared = [self._preprocessor.crops(image, boxes) for image, boxes in zip(images, boxes_xyxy, strict=True)]
+        if not prepared:
+            return []
+        tensor = prepared[0][0] if len(prepared) == 1 else np.concatenate([tensor for tensor, _ in prepared])
+        crops: list[Crop] = [crop for _, of_image in prepared for crop in of_image]
+        if not crops:
+            return [_no_poses(self.keypoint_count) for _ in prepared]
+        poses = self._decoder.decode(self._infer(tensor), crops, input_hw=(tensor.shape[2], tensor.shape[3]))
+        results, start = [], 0
+        for _, of_image in prepared:
+            end = start + len(of_image)
+            results.append(Poses(keypoints_xy=poses.keypoints_xy[start:end], scores=poses.scores[start:end]))
+            start = end
+        return results
+
+    @property
+    def keypoint_count(self) -> int:
+        """K, for images without boxes: from the manifest, else from the graph, else by running the network once."""
+        if self.bundle.manifest and self.bundle.manifest.keypoints:
+            return len(self.bundle.manifest.keypoints.names)
+        of_graph = self.session.outputs[0].shape[1]
+        if isinstance(of_graph, int):
+            return of_graph
+        _, channels, height, width = (dim if isinstance(dim, int) else 1 for dim in self._input.shape)
+        outputs = self._infer(np.zeros((1, channels, height, width), dtype=np.float32))
+        return int(next(iter(outputs.values())).shape[1])
+
+
+def _check_task(bundle: Bundle, *, module: str, expected: str) -> None:
+    found = bundle.pipeline.postprocess.module
+    if found != module:
+        kind = {"mmdet": "a detector", "mmpose": "a pose estimator", "mmcls": "a classifier"}
+        raise TaskMismatchError(
+            f"{bundle.root}: expected {kind[module]} for {expected}, found {kind.get(found, f'a bundle of {found}')}", hint=f"open it with {bundle.deploy.task or 'the class of its task'}"
+        )
+
+
+def _as_mmdeploy(detections: Detections) -> tuple[NDArray[np.float32], NDArray[np.int32], list[NDArray[np.float64]]]:
+    boxes = np.concatenate([detections.boxes_xyxy, detections.scores[:, None]], axis=1)
+    return boxes, detections.labels, [np.zeros(0) for _ in range(len(detections))]
+
+
+def _stacked(poses: Poses) -> NDArray[np.float32]:
+    return np.concatenate([poses.keypoints_xy, poses.scores[:, :, None]], axis=2)
+
+
+def _no_poses(keypoints: int) -> Poses:
+    return Poses(keypoints_xy=np.zeros((0, keypoints, 2), dtype=np.float32), scores=np.zeros((0, keypoints), dtype=np.float32))

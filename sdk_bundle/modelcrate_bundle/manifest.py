@@ -1,0 +1,193 @@
+"""manifest.json: everything about a bundle that MMDeploy's JSON cannot say, in one place.
+
+Same inputs give the same bytes, but for `timing`: `content_sha256` is the hash of the file without that field and without itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, Final
+
+import msgspec
+
+from modelcrate_bundle.errors import BundleFormatError, UnsupportedBundleError
+from modelcrate_bundle.schema import JsonObject, Record, decode_json, encode_json, read_record, write_record
+from modelcrate_bundle.tensors import ShapeRange, TensorSpec
+
+SCHEMA_VERSION: Final = "1.0"
+"""Another major version is refused; a newer minor one is read, its unknown keys kept."""
+
+
+class FileEntry(msgspec.Struct, kw_only=True, frozen=True):
+    """One file of the bundle. `path` is relative with forward slashes; `role`: net, weights, deploy, pipeline, detail, readme, picture."""
+
+    path: str
+    role: str
+    bytes: int
+    sha256: str
+
+
+class KeypointInfo(msgspec.Struct, kw_only=True, frozen=True):
+    """What the K keypoints are.
+
+    Attributes:
+        names: (K) in network order.
+        skeleton: links as index pairs.
+        flip_pairs: pairs that change places in a mirrored image.
+        sigmas: (K) OKS constants (COCO: falloff = 2 * sigma), or empty when unknown.
+        colors: (K) RGB.
+        link_colors: one RGB per link.
+    """
+
+    names: list[str]
+    skeleton: list[tuple[int, int]] = msgspec.field(default_factory=list)
+    flip_pairs: list[tuple[int, int]] = msgspec.field(default_factory=list)
+    sigmas: list[float] = msgspec.field(default_factory=list)
+    colors: list[tuple[int, int, int]] = msgspec.field(default_factory=list)
+    link_colors: list[tuple[int, int, int]] = msgspec.field(default_factory=list)
+
+
+class OutputParity(msgspec.Struct, kw_only=True, frozen=True):
+    """One output against PyTorch: `relative_linf` = max |ours - theirs| / max |theirs|; `gate` is its limit."""
+
+    name: str
+    max_abs: float
+    relative_linf: float
+    gate: float
+    passed: bool
+
+
+class PixelParity(msgspec.Struct, kw_only=True, frozen=True):
+    """One figure in the unit of the task.
+
+    Attributes:
+        name: keypoint_shift_px, box_shift_px, score_shift, label_flips or unmatched_boxes.
+        worst: the largest value, in input-image pixels for shifts.
+        mean: the mean over `count` things.
+        count: how many keypoints or boxes were compared.
+        undecided: how many were left out because PyTorch itself is within the gate of answering otherwise.
+        gate: the limit for `worst`.
+    """
+
+    name: str
+    worst: float
+    mean: float
+    count: int
+    undecided: int
+    gate: float
+    passed: bool
+
+
+class ParityRecord(msgspec.Struct, kw_only=True, frozen=True):
+    """The comparison with eager PyTorch that the bundle passed, or that it was not made."""
+
+    verified: bool
+    images: list[str] = msgspec.field(default_factory=list)
+    samples: int = 0
+    outputs: list[OutputParity] = msgspec.field(default_factory=list)
+    pixels: list[PixelParity] = msgspec.field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every figure is inside its gate."""
+        return self.verified and all(p.passed for p in self.outputs) and all(p.passed for p in self.pixels)
+
+
+class Provenance(msgspec.Struct, kw_only=True, frozen=True):
+    """Where the bundle comes from.
+
+    Attributes:
+        checkpoint: file name, without folders.
+        checkpoint_sha256: its hash.
+        facts: what the shapes of the weights cannot say -> where it was taken from.
+        tools: library -> version.
+        build_key: hash of everything that decides the result; equal keys mean that building again changes nothing.
+    """
+
+    checkpoint: str
+    checkpoint_sha256: str
+    facts: dict[str, str] = msgspec.field(default_factory=dict)
+    tools: dict[str, str] = msgspec.field(default_factory=dict)
+    build_key: str = ""
+
+
+class Stage(msgspec.Struct, kw_only=True, frozen=True):
+    """One stage of the build and the seconds that it took."""
+
+    name: str
+    seconds: float
+
+
+class Timing(msgspec.Struct, kw_only=True, frozen=True):
+    """What differs between two builds of the same thing."""
+
+    created: str = ""
+    stages: list[Stage] = msgspec.field(default_factory=list)
+
+
+class Manifest(Record, kw_only=True):
+    """manifest.json.
+
+    Attributes:
+        id: `<model>_<target>`, the name of the bundle's folder.
+        task: Detector, PoseDetector or Classifier.
+        precision: what the artefact really computes in: fp32, fp16, bf16, int8.
+        geometry: "exact" (upstream's crop and its exact inverse) or "sdk" (MMDeploy's integer crop).
+        shape_ranges: input name -> shapes that it may have.
+        class_names: label -> name.
+    """
+
+    schema_version: str = SCHEMA_VERSION
+    id: str
+    model: str
+    task: str
+    target: str
+    backend: str
+    precision: str
+    geometry: str
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    shape_ranges: dict[str, ShapeRange] = msgspec.field(default_factory=dict)
+    class_names: list[str] = msgspec.field(default_factory=list)
+    keypoints: KeypointInfo | None = None
+    files: list[FileEntry]
+    parity: ParityRecord
+    provenance: Provenance
+    timing: Timing = msgspec.field(default_factory=Timing)
+    content_sha256: str = ""
+
+    @property
+    def facts_hash(self) -> str:
+        """SHA-256 of everything but `timing` and `content_sha256`."""
+        raw: dict[str, Any] = write_record(self)
+        raw.pop("timing", None)
+        raw.pop("content_sha256", None)
+        return hashlib.sha256(msgspec.json.encode(raw, order="sorted")).hexdigest()
+
+
+def write_manifest(manifest: Manifest) -> bytes:
+    """The bytes of manifest.json, with `content_sha256` filled in."""
+    raw: JsonObject = msgspec.to_builtins(write_record(manifest))
+    raw["content_sha256"] = manifest.facts_hash
+    return encode_json(raw)
+
+
+def read_manifest(data: bytes, *, where: str = "manifest.json") -> Manifest:
+    """Read manifest.json.
+
+    Raises:
+        BundleFormatError: not JSON or not this schema.
+        UnsupportedBundleError: written by a modelcrate with another major schema version.
+    """
+    raw = decode_json(data, where=where)
+    version = raw.get("schema_version")
+    if not isinstance(version, str):
+        raise BundleFormatError(f"{where}: $.schema_version: expected a string like {SCHEMA_VERSION!r}, found {version!r}")
+    if version.partition(".")[0] != SCHEMA_VERSION.partition(".")[0]:
+        raise UnsupportedBundleError(
+            f"{where}: $.schema_version: expected {SCHEMA_VERSION.partition('.')[0]}.x, found {version}", hint="use the modelcrate that wrote the bundle, or convert again"
+        )
+    manifest = read_record(Manifest, raw, where=where)
+    if manifest.geometry not in {"exact", "sdk"}:
+        raise BundleFormatError(f"{where}: $.geometry: expected 'exact' or 'sdk', found {manifest.geometry!r}")
+    return manifest
