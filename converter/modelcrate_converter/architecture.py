@@ -20,7 +20,8 @@ from modelcrate_bundle.manifest import KeypointInfo
 from modelcrate_bundle.tensors import TensorSpec
 from modelcrate_converter import defaults
 from modelcrate_converter.checkpoint import Checkpoint
-from modelcrate_converter.mmconfig import ModelConfig, Unknown, read_config_file, read_config_text
+from modelcrate_converter.mmconfig import ModelConfig, read_config_file, read_config_text
+from modelcrate_converter.mmconfig_values import Unknown
 from modelcrate_converter.models import rtmdet, rtmpose
 from modelcrate_converter.models.cspnext import STRIDE
 from modelcrate_runtime.skeletons import keypoint_info
@@ -149,7 +150,9 @@ def read_architecture(checkpoint: Checkpoint, *, model_config: Path | None = Non
         if isinstance(error, (ArchitectureError, ConfigError)):
             raise
         text = " ".join(str(error).split())
-        raise ArchitectureError(f"{checkpoint.path}: expected tensors that fit together, found: {text[:300]}", hint="is the checkpoint whole, and of the stated family?") from error
+        raise ArchitectureError(
+            f"{checkpoint.path}: expected tensors that fit together, found: {text[:300]}", hint="is the checkpoint whole, and of the stated family?"
+        ) from error
 
 
 # -------------------------------------------------------------------------------------------------------------------- sources
@@ -198,7 +201,8 @@ class _Sources:
         for who, value in known[1:]:
             if value != known[0][1]:
                 raise ConfigError(
-                    f"{name}: {known[0][0]} says {_shown(known[0][1])}, {who} says {_shown(value)}: expected them to agree", hint="give the config that this checkpoint was trained with"
+                    f"{name}: {known[0][0]} says {_shown(known[0][1])}, {who} says {_shown(value)}: expected them to agree",
+                    hint="give the config that this checkpoint was trained with",
                 )
         if known:
             self.taken[name] = known[0][0]
@@ -211,7 +215,10 @@ class _Sources:
         for who, config in self.configs:
             value = read(config)
             if value is not None and value != weights:
-                raise ConfigError(f"{name}: the weights say {_shown(weights)}, {who} says {_shown(value)}: expected them to agree", hint="give the config that this checkpoint was trained with")
+                raise ConfigError(
+                    f"{name}: the weights say {_shown(weights)}, {who} says {_shown(value)}: expected them to agree",
+                    hint="give the config that this checkpoint was trained with",
+                )
 
 
 def _at(config: Mapping[str, Any], path: str) -> Any:
@@ -260,11 +267,11 @@ def _normalization(sources: _Sources, *, mean: tuple[float, ...], std: tuple[flo
         preprocessor = _at(config, "model.data_preprocessor")
         return bool(preprocessor.get("bgr_to_rgb", False)) if isinstance(preprocessor, Mapping) else None
 
-    values = {
-        key: sources.fact(key, lambda config, key=key: _numbers(_at(config, f"model.data_preprocessor.{key}")), default=default, extra=stored(key))
-        for key, default in (("mean", mean), ("std", std))
-    }
-    return Normalization(mean=values["mean"], std=values["std"], to_rgb=sources.fact("bgr_to_rgb", swap, default=to_rgb))
+    return Normalization(
+        mean=sources.fact("mean", lambda config: _numbers(_at(config, "model.data_preprocessor.mean")), default=mean, extra=stored("mean")),
+        std=sources.fact("std", lambda config: _numbers(_at(config, "model.data_preprocessor.std")), default=std, extra=stored("std")),
+        to_rgb=sources.fact("bgr_to_rgb", swap, default=to_rgb),
+    )
 
 
 def _load(module: nn.Module, state: Mapping[str, torch.Tensor], *, checkpoint: Checkpoint) -> nn.Module:
@@ -274,7 +281,10 @@ def _load(module: nn.Module, state: Mapping[str, torch.Tensor], *, checkpoint: C
     surplus = sorted(state.keys() - expected.keys())
     if missing or surplus:
         what = [f"{len(keys)} {word} ({', '.join(keys[:3])})" for word, keys in (("missing", missing), ("not of this network", surplus)) if keys]
-        raise ArchitectureError(f"{checkpoint.path}: expected the tensors of {type(module).__name__}, found {' and '.join(what)}", hint="is the checkpoint whole, and of the stated family?")
+        raise ArchitectureError(
+            f"{checkpoint.path}: expected the tensors of {type(module).__name__}, found {' and '.join(what)}",
+            hint="is the checkpoint whole, and of the stated family?",
+        )
     module.load_state_dict(dict(state), strict=False)
     return module.eval()
 
@@ -282,7 +292,9 @@ def _load(module: nn.Module, state: Mapping[str, torch.Tensor], *, checkpoint: C
 # ----------------------------------------------------------------------------------------------------------------- the families
 
 
-def _rtmpose(checkpoint: Checkpoint, state: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]], sources: _Sources, name: str | None) -> ExportableModel:
+def _rtmpose(
+    checkpoint: Checkpoint, state: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]], sources: _Sources, name: str | None
+) -> ExportableModel:
     bins_x, bins_y = shapes["head.cls_x.weight"][0], shapes["head.cls_y.weight"][0]
     cells = shapes["head.mlp.1.weight"][1]
     keypoints = shapes["head.final_layer.weight"][0]
@@ -290,7 +302,9 @@ def _rtmpose(checkpoint: Checkpoint, state: Mapping[str, torch.Tensor], shapes: 
     width, height = round(bins_x / ratio), round(bins_y / ratio)
     if (width // STRIDE) * (height // STRIDE) != cells or width % STRIDE or height % STRIDE:
         raise ArchitectureError(f"{checkpoint.path}: expected SimCC axes of one input size, found {bins_x} and {bins_y} bins over {cells} cells")
-    sources.must_match("input size (width, height)", lambda config: _numbers(_at(config, "model.head.decoder.input_size")), weights=(float(width), float(height)))
+    sources.must_match(
+        "input size (width, height)", lambda config: _numbers(_at(config, "model.head.decoder.input_size")), weights=(float(width), float(height))
+    )
     sources.must_match("SimCC split ratio", lambda config: _at(config, "model.head.decoder.simcc_split_ratio"), weights=ratio)
     sources.must_match("keypoints", lambda config: _at(config, "model.head.out_channels"), weights=keypoints)
     default_sigma = (defaults.simcc_sigma(width), defaults.simcc_sigma(height))
@@ -310,7 +324,9 @@ def _rtmpose(checkpoint: Checkpoint, state: Mapping[str, torch.Tensor], shapes: 
         sigma=sources.fact("sigma", lambda config: _numbers(_at(config, "model.head.decoder.sigma")), default=default_sigma),
     )
     if sources.fact("use_dark", lambda config: _at(config, "model.head.decoder.use_dark"), default=False):
-        raise ConfigError("use_dark: expected false, found true: keypoints are decoded as plain SimCC maxima", hint="RTMPose's published configs have use_dark=False")
+        raise ConfigError(
+            "use_dark: expected false, found true: keypoints are decoded as plain SimCC maxima", hint="RTMPose's published configs have use_dark=False"
+        )
     normalization = _normalization(sources, mean=defaults.POSE_MEAN, std=defaults.POSE_STD, to_rgb=True, weights=checkpoint.state_dict)
     from_meta = _keypoints_of(sources.dataset_meta, count=keypoints)
     sources.taken["keypoint names"] = "the checkpoint's dataset_meta" if from_meta else f"default: {'COCO body' if keypoints == 17 else 'numbers'}"
@@ -333,7 +349,9 @@ def _rtmpose(checkpoint: Checkpoint, state: Mapping[str, torch.Tensor], shapes: 
     )
 
 
-def _rtmdet(checkpoint: Checkpoint, state: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]], sources: _Sources, name: str | None) -> ExportableModel:
+def _rtmdet(
+    checkpoint: Checkpoint, state: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]], sources: _Sources, name: str | None
+) -> ExportableModel:
     classes = shapes["bbox_head.rtm_cls.0.weight"][0]
     is_separable = "bbox_head.cls_convs.0.0.depthwise_conv.conv.weight" in shapes
     share_conv = not is_separable and all(torch.equal(state[f"bbox_head.{stack}.{level}.0.conv.weight"], state[f"bbox_head.{stack}.0.0.conv.weight"])

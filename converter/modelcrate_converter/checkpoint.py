@@ -23,7 +23,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import IO, Any, Final, Literal, Self
 
 import numpy as np
 import torch
@@ -122,7 +122,8 @@ def _finished(path: Path, digest: str, tensors: dict[str, torch.Tensor], meta: d
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             count = int((~torch.isfinite(value)).sum())
             raise CheckpointError(
-                f"{path}: {key}: expected finite weights, found {count} of {value.numel()} that are NaN or infinite", hint="the training diverged: take an earlier checkpoint"
+                f"{path}: {key}: expected finite weights, found {count} of {value.numel()} that are NaN or infinite",
+                hint="the training diverged: take an earlier checkpoint",
             )
     return Checkpoint(path=path, sha256=digest, state_dict=state, meta=meta, skipped=skipped, state_key=state_key)
 
@@ -147,7 +148,7 @@ def _find_state_dict(content: object, *, path: Path) -> tuple[str, Mapping[str, 
 class Skipped:
     """Stands for every class, function and object that is not on the allow-list, and swallows what the pickle does to it."""
 
-    def __new__(cls, *args: object, **kwargs: object) -> Skipped:
+    def __new__(cls, *args: object, **kwargs: object) -> Self:
         """Take any arguments."""
         del args, kwargs
         return super().__new__(cls)
@@ -231,14 +232,14 @@ class _Dtype:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.order = "="
+        self.order: Literal["<", ">", "|", "="] = "="
 
     def __setstate__(self, state: object) -> None:
         if isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">", "|", "="):
             self.order = state[1]
 
     def resolve(self) -> np.dtype[Any] | None:
-        if not isinstance(self.name, str) or self.name[:1] not in "biuf" or not self.name[1:].isdigit():
+        if self.name[:1] not in "biuf" or not self.name[1:].isdigit():
             return None
         try:
             return np.dtype(self.name).newbyteorder(self.order)
@@ -312,7 +313,7 @@ def _allowed() -> dict[str, object]:
         "numpy.ndarray": Skipped,
     }
     for module in array:
-        table[f"{module}._reconstruct"] = _Frozen(lambda *args: _Array())
+        table[f"{module}._reconstruct"] = _Frozen(lambda *_: _Array())
         table[f"{module}.scalar"] = _Frozen(_rebuild_scalar)
     return table
 
@@ -377,7 +378,7 @@ Materialize = Callable[[_Tensor], torch.Tensor]
 
 
 def _read_zip(path: Path) -> tuple[object, tuple[str, ...], Materialize]:
-    """torch's format since 1.6: a zip of stored entries, `<name>/data.pkl` and `<name>/data/<key>`."""
+    """Torch's format since 1.6: a zip of stored entries, `<name>/data.pkl` and `<name>/data/<key>`."""
     archive = zipfile.ZipFile(path)
     names = archive.namelist()
     if any("/code/" in name or name.endswith("/constants.pkl") for name in names):
@@ -415,7 +416,7 @@ def _zip_entry(archive: zipfile.ZipFile, name: str, *, limit: int) -> bytes:
 
 
 def _read_legacy(path: Path) -> tuple[object, tuple[str, ...], Materialize]:
-    """torch's format before 1.6: five pickles, then per storage its length and its bytes."""
+    """Torch's format before 1.6: five pickles, then per storage its length and its bytes."""
     if tarfile.is_tarfile(path):
         raise CheckpointError(f"{path}: expected a checkpoint, found a tar archive", hint="unpack it, or save the model with torch >= 1.6")
     skipped: set[str] = set()
@@ -517,5 +518,6 @@ def _as_checkpoint_errors(path: Path) -> Iterator[None]:
     except _DAMAGE as error:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"{path}: expected a checkpoint that torch.save wrote, found a damaged or foreign file: {text}", hint="download or copy it again, and compare its size"
+            f"{path}: expected a checkpoint that torch.save wrote, found a damaged or foreign file: {text}",
+            hint="download or copy it again, and compare its size",
         ) from error

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import typer
 
@@ -30,11 +30,17 @@ def convert(
     checkpoints: Annotated[list[str], typer.Argument(help="Checkpoint files (.pth, .safetensors) or URLs.", metavar="CHECKPOINT...")],
     target: Annotated[list[str], typer.Option("--target", "-t", help="Deploy target, or the path of a deploy config. May be repeated.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder that gets one folder for each bundle.")] = Path("crates"),
-    model_config: Annotated[Path | None, typer.Option(help="MMPose or MMDetection config, for what the checkpoint does not say. Parsed, never executed.")] = None,
+    model_config: Annotated[
+        Path | None, typer.Option(help="MMPose or MMDetection config, for what the checkpoint does not say. Parsed, never executed.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the model; default: its architecture and size.")] = None,
-    image: Annotated[list[Path] | None, typer.Option(help="Image to compare on; the first is drawn into the bundle. May be repeated. Default: procedural images.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="Image to compare on; the first is drawn into the bundle. May be repeated. Default: procedural images.")
+    ] = None,
     exporter: Annotated[Literal["torchscript", "dynamo"] | None, typer.Option(help="ONNX exporter; default: the deploy config's.")] = None,
-    nms: Annotated[Literal["graph", "runtime"] | None, typer.Option(help="Detectors: suppress in the graph or in the runtime; default: the deploy config's.")] = None,
+    nms: Annotated[
+        Literal["graph", "runtime"] | None, typer.Option(help="Detectors: suppress in the graph or in the runtime; default: the deploy config's.")
+    ] = None,
     simplify: Annotated[bool, typer.Option(help="Run onnxsim.")] = True,
     verify: Annotated[bool, typer.Option(help="Compare with PyTorch before writing. --no-verify is recorded in the manifest.")] = True,
     force: Annotated[bool, typer.Option(help="Build even what is up to date.")] = False,
@@ -141,7 +147,7 @@ class _Progress:
         self._status: Status | None = None
         self._drawn = 0.0
 
-    def __enter__(self) -> _Progress:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -168,7 +174,7 @@ class _Progress:
         text = f"{name}: {done / 2**20:.1f}{share}"
         if self._console.is_terminal:
             self._start(text)
-        elif total is not None and done == total or time.monotonic() - self._drawn > 5:
+        elif (total is not None and done == total) or time.monotonic() - self._drawn > 5:
             self._drawn = time.monotonic()
             self._console.print(f"  {text}", markup=False)
 
@@ -193,7 +199,11 @@ def _print_conversion(out: Console, conversion: Conversion) -> None:
     from modelcrate_converter.parity import parity_rows
 
     if conversion.status == "current":
-        out.print(f"{conversion.place}: up to date (same checkpoint, config, images and tools; hashes checked). --force builds it again.", markup=False, soft_wrap=True)
+        out.print(
+            f"{conversion.place}: up to date (same checkpoint, config, images and tools; hashes checked). --force builds it again.",
+            markup=False,
+            soft_wrap=True,
+        )
         return
     changed = [f"{name} {before} -> {after}" for name, before, after in conversion.op_changes if before != after]
     if conversion.op_changes:

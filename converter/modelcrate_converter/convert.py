@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
+import datetime as dt
 import hashlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -117,17 +117,21 @@ def convert(
     for config in configs:
         bundle_id = f"{model.name}_{config.target}"
         if taken and bundle_id in taken:
-            raise ConfigError(f"{bundle_id}: expected one checkpoint for it, found {taken[bundle_id]} and {checkpoint_path}", hint="convert them one by one with --name")
+            raise ConfigError(
+                f"{bundle_id}: expected one checkpoint for it, found {taken[bundle_id]} and {checkpoint_path}", hint="convert them one by one with --name"
+            )
     keys = {config.target: _build_key(model, config, options, images) for config in configs}
     results: dict[str, Conversion] = {}
     for config in configs:
         place = options.out / f"{model.name}_{config.target}"
         bundle = None if options.force else _current(place, keys[config.target])
         if bundle is not None:
-            results[config.target] = Conversion(id=place.name, target=config.target, place=place, status="current", bundle=bundle, parity=bundle.manifest and bundle.manifest.parity)
+            results[config.target] = Conversion(id=place.name, target=config.target, place=place, status="current", bundle=bundle)
     with contextlib.ExitStack() as stack:
         # Every writer is opened before the work begins: an output folder that cannot be written is said at once.
-        waiting = [(config, stack.enter_context(BundleWriter(options.out / f"{model.name}_{config.target}"))) for config in configs if config.target not in results]
+        waiting = [
+            (config, stack.enter_context(BundleWriter(options.out / f"{model.name}_{config.target}"))) for config in configs if config.target not in results
+        ]
         workdir = Path(stack.enter_context(_work_folder()))
         exported: dict[bytes, tuple[OnnxModel, OnnxModel]] = {}
         for config, writer in waiting:
@@ -144,7 +148,9 @@ def convert(
     return [results[config.target] for config in configs]
 
 
-def _canonical(model: ExportableModel, config: DeployConfig, workdir: Path, clock: StageClock, exported: dict[bytes, tuple[OnnxModel, OnnxModel]]) -> tuple[OnnxModel, OnnxModel]:
+def _canonical(
+    model: ExportableModel, config: DeployConfig, workdir: Path, clock: StageClock, exported: dict[bytes, tuple[OnnxModel, OnnxModel]]
+) -> tuple[OnnxModel, OnnxModel]:
     """The raw graph before and after simplification, made once for each set of options."""
     key = msgspec.json.encode(config.onnx)
     if key not in exported:
@@ -226,9 +232,11 @@ def _describe_manifest(
         keypoints=model.keypoints,
         files=[],
         parity=record,
-        provenance=Provenance(checkpoint=model.checkpoint[0], checkpoint_sha256=model.checkpoint[1], facts=model.facts, tools=tool_versions(), build_key=build_key),
+        provenance=Provenance(
+            checkpoint=model.checkpoint[0], checkpoint_sha256=model.checkpoint[1], facts=model.facts, tools=tool_versions(), build_key=build_key
+        ),
         timing=Timing(
-            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            created=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
             stages=[Stage(name=name, seconds=round(seconds, 3)) for name, seconds in clock.seconds.items()],
         ),
     )
@@ -238,7 +246,10 @@ def _render_readme(manifest: Manifest, pictures: list[str]) -> bytes:
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+        autoescape=False,  # noqa: S701  # Markdown, not HTML
     )
     return environment.get_template("README.md.j2").render(manifest=manifest, parity_rows=parity_rows(manifest.parity), pictures=pictures).encode()
 

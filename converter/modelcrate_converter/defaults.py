@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 POSE_MEAN: Final = (123.675, 116.28, 103.53)
@@ -36,4 +37,4 @@ def class_names(count: int) -> list[str]:
 
 def simcc_sigma(size: int) -> float:
     """Label width in SimCC bins for an axis of `size` pixels: the published (4.9, 5.66), (6.0, 6.93) are the square root of an eighth."""
-    return round((size / 8) ** 0.5, 2)
+    return round(math.sqrt(size / 8), 2)

@@ -75,7 +75,9 @@ def describe_pipeline(model: ExportableModel, *, has_nms: bool) -> Pipeline:
         params: Params
         if has_nms:
             component = "ResizeBBox"
-            params = ResizeBBoxParams(score_thr=facts.score_thr, min_bbox_size=facts.min_bbox_size, nms=nms, nms_pre=facts.nms_pre, max_per_img=facts.max_per_img)
+            params = ResizeBBoxParams(
+                score_thr=facts.score_thr, min_bbox_size=facts.min_bbox_size, nms=nms, nms_pre=facts.nms_pre, max_per_img=facts.max_per_img
+            )
         else:
             component = "RTMDetSepBNHead"
             params = RawHeadParams(

@@ -29,10 +29,9 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 from urllib import request as web
 from urllib.error import HTTPError, URLError
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from modelcrate_bundle.errors import ConfigError, DownloadError, OutputError
-
 from modelcrate_converter.progress import Advanced, Noted, Report, ignore
 
 BACKOFF_S: tuple[float, ...] = (0.5, 1.0, 2.0)  # the pause before each further attempt
@@ -131,6 +130,7 @@ def download(
 
 
 def _plan(url: str, cache_dir: Path, report: Report, timeout_s: float, max_bytes: int) -> _Job:
+    parts = SplitResult("", "", "", "", "")
     try:
         parts = urlsplit(url)
         # urllib sends spaces and line ends as they are, which would let a URL write headers of its own.

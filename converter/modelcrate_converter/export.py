@@ -86,8 +86,13 @@ def export_onnx(model: ExportableModel, options: OnnxOptions, *, workdir: Path) 
                 )  # fmt: skip
         proto = onnx.load(path)
     except Exception as error:  # the exporters raise whatever they like
-        raise ExportError(f"{model.name}: expected torch.onnx to export the network, found: {' '.join(str(error).split())[:300]}", hint="try the other exporter: --exporter dynamo") from error
-    return save_onnx(proto, workdir / "canonical.onnx", inputs=(model.input,), outputs=model.outputs, metadata={"checkpoint": model.checkpoint[1], "model": model.name})
+        raise ExportError(
+            f"{model.name}: expected torch.onnx to export the network, found: {' '.join(str(error).split())[:300]}",
+            hint="try the other exporter: --exporter dynamo",
+        ) from error
+    return save_onnx(
+        proto, workdir / "canonical.onnx", inputs=(model.input,), outputs=model.outputs, metadata={"checkpoint": model.checkpoint[1], "model": model.name}
+    )
 
 
 def save_onnx(proto: onnx.ModelProto, path: Path, *, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], metadata: Mapping[str, str]) -> OnnxModel:
@@ -107,7 +112,10 @@ def save_onnx(proto: onnx.ModelProto, path: Path, *, inputs: tuple[TensorSpec, .
 
     foreign = sorted({f"{node.domain}::{node.op_type}" for node in proto.graph.node if node.domain not in {"", "ai.onnx"}})
     if foreign or proto.functions:
-        raise ExportError(f"{path.name}: expected standard ONNX operators, found {', '.join(foreign) or 'local functions'}", hint="report this: no artefact of modelcrate has custom operators")
+        raise ExportError(
+            f"{path.name}: expected standard ONNX operators, found {', '.join(foreign) or 'local functions'}",
+            hint="report this: no artefact of modelcrate has custom operators",
+        )
     for values, specs in ((proto.graph.input, inputs), (proto.graph.output, outputs)):
         found = [value.name for value in values]
         if found != [spec.name for spec in specs]:

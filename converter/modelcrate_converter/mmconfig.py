@@ -14,7 +14,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import hashlib
-import operator
 import re
 import warnings
 from collections.abc import Callable, Iterable
@@ -23,36 +22,36 @@ from pathlib import Path
 from typing import Any
 
 from modelcrate_bundle.errors import ConfigError
+from modelcrate_converter.mmconfig_values import (
+    FAILURES,
+    FORMAT_SPEC,
+    FUNCTIONS,
+    MAX_DEPTH,
+    MAX_ITEMS,
+    METHODS,
+    OPERATORS,
+    READING_METHODS,
+    TEXT_METHODS,
+    Budget,
+    NotDataError,
+    Unknown,
+    as_key,
+    bounded,
+    check_size,
+    merge,
+    operate,
+    to_text,
+    unique,
+)
 
 _MAX_FILES = 64
 _MAX_FILE_BYTES = 4 << 20
-_MAX_STEPS = 3_000_000  # a real config with all its bases takes some thousands
-_MAX_ITEMS = 1_000_000  # of one value, nested ones and repeated references counted, because whoever walks the value visits them all
-_MAX_RANGE = 100_000
-_MAX_DEPTH = 100  # of nested expressions and of values, so that neither our recursion nor a caller's can overflow
-_MAX_INT = 1 << 64
-_BASE, _DELETE = "_base_", "_delete_"
+_BASE = "_base_"
 
 _PREDEFINED = re.compile(r"\{\{\s*(fileDirname|fileBasename|fileBasenameNoExtension|fileExtname)\s*\}\}")
 _ENVIRONMENT = re.compile(r"""\{\{['"]?[ \t]*\$\w+[ \t]*:[ \t]*([^\s{}'"]*)[ \t]*['"]?\}\}""")
 _BASE_VARIABLE = re.compile(r"\{\{\s*_base_\.([\w.]+)\s*\}\}")
 _TEMPLATE = re.compile(r"_t[0-9a-f]{16}_\d+_")
-_FORMAT_SPEC = re.compile(r"[<>=^+\- #,_]*\d{0,3}(\.\d{1,2})?[a-zA-Z%]?")  # no width that would make a string of gigabytes
-
-
-@dataclass(frozen=True, slots=True)
-class Unknown:
-    """Stands where a config computes something that cannot be known without executing it.
-
-    Attributes:
-        text: the start of the expression or statement, as written.
-        line: its line, from 1; 0 where the value is too large or too deep rather than one expression.
-        source: the file or label that it stands in.
-    """
-
-    text: str
-    line: int
-    source: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,20 +97,12 @@ def read_config_file(path: Path) -> ModelConfig:
 
 
 @dataclass(slots=True)
-class _Reading:
+class _Reading(Budget):
     """What one read has done so far, over all its files."""
 
-    source: str
-    steps: int = 0
     files: int = 0
     missing: list[str] = field(default_factory=list)
     chain: list[Path] = field(default_factory=list)
-
-    def spend(self, steps: int) -> None:
-        self.steps += steps
-        if self.steps > _MAX_STEPS:
-            message = f"{self.source}: expected a config that is read in {_MAX_STEPS} steps, found one that takes more"
-            raise ConfigError(message, hint="write the values out instead of computing them")
 
     def read_file(self, path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         """Values and imported names of one file; `chain` is the way from the first file to this one."""
@@ -178,10 +169,10 @@ def _read_module(text: str, *, source: str, path: Path | None, reading: _Reading
     for values in (own, bases):  # the bases too: a file can change them through `_base_.x`
         for name, value in values.items():
             try:
-                _check_size(value, reading, unknown_allowed=True)
-            except _NotDataError:
+                check_size(value, reading, unknown_allowed=True)
+            except NotDataError:
                 values[name] = Unknown(name, 0, source)
-    return _merge(own, bases, reading), interpreter.imports
+    return merge(own, bases, reading), interpreter.imports
 
 
 def _replace_templates(text: str, path: Path | None) -> tuple[str, dict[str, str]]:
@@ -201,150 +192,8 @@ def _replace_templates(text: str, path: Path | None) -> tuple[str, dict[str, str
     if path is not None:
         parts |= {"fileDirname": path.parent.as_posix(), "fileBasename": path.name}
         parts |= {"fileBasenameNoExtension": path.stem, "fileExtname": path.suffix}
-    text = _PREDEFINED.sub(
-        lambda match: note("=" + parts[match[1]] if parts else match[1]), text
-    )  # without a file: a name that is not there
+    text = _PREDEFINED.sub(lambda match: note("=" + parts[match[1]] if parts else match[1]), text)  # without a file: a name that is not there
     return text, {identifier: meaning for meaning, identifier in templates.items()}
-
-
-def _merge(child: dict[Any, Any], base: Any, reading: _Reading) -> Any:
-    """mmengine's merge of a child's dict into the base's value; neither is changed.
-
-    Where mmengine refuses (a dict over something that is not one, an index outside of the list) the child's value stands alone.
-    """
-    reading.spend(len(child) + 1)
-    if isinstance(base, Unknown):
-        return base  # the child changes a part of something that we do not know
-    if isinstance(base, list) and child and all(re.fullmatch(r"[0-9]{1,7}", str(key)) and int(key) < len(base) for key in child):
-        items = list(base)
-        for key, value in child.items():
-            items[int(key)] = _merge(value, items[int(key)], reading) if isinstance(value, dict) else value
-        return items
-    merged = dict(base) if isinstance(base, dict) and not child.get(_DELETE, False) else {}
-    for key, value in child.items():
-        if key != _DELETE:
-            merged[key] = _merge(value, merged.get(key), reading) if isinstance(value, dict) else value
-    return merged
-
-
-class _NotDataError(Exception):
-    """An expression that is not data, or data larger than we take: an `Unknown` will stand for it."""
-
-
-# What evaluating data can raise: ours, and what Python's operators say to operands that do not fit (1 / 0, [1][7], 'a' - 1).
-_FAILURES = (_NotDataError, ArithmeticError, LookupError, TypeError, ValueError)
-
-
-def _check_size(value: Any, reading: _Reading, *, unknown_allowed: bool = False) -> None:
-    """Refuse a value that unfolds to too many items or too deep, as one that holds itself does; before anything walks it recursively."""
-    level, total = [value], 0
-    for _ in range(_MAX_DEPTH):
-        below: list[Any] = []
-        for item in level:
-            if isinstance(item, Unknown) and not unknown_allowed:
-                raise _NotDataError
-            if isinstance(item, (dict, list, tuple)):
-                total += len(item)
-                if total > _MAX_ITEMS:
-                    raise _NotDataError
-                below.extend(item.values() if isinstance(item, dict) else item)
-        reading.spend(len(below) // 8 + 1)
-        if not below:
-            return
-        level = below
-    raise _NotDataError
-
-
-def _bounded(value: Any, reading: _Reading) -> Any:
-    """The result of an operation, if it is data of a size that we take."""
-    if isinstance(value, (str, list, tuple, dict)):
-        if len(value) > _MAX_ITEMS:
-            raise _NotDataError
-        reading.spend(len(value) // 8)  # made in C, so cheaper than steps of our own
-    elif (isinstance(value, int) and abs(value) >= _MAX_INT) or not (value is None or isinstance(value, (int, float))):
-        raise _NotDataError
-    return value
-
-
-def _to_text(value: Any) -> str:
-    if not (value is None or isinstance(value, (str, int, float))):
-        raise _NotDataError
-    return str(value)
-
-
-def _sum(values: Iterable[Any], start: float = 0) -> Any:
-    if not all(isinstance(value, (int, float)) for value in values):  # sum() of lists copies them again and again
-        raise _NotDataError
-    return sum(values, start)
-
-
-def _range(*arguments: int) -> list[int]:
-    numbers = range(*arguments)
-    if len(numbers) > _MAX_RANGE:
-        raise _NotDataError
-    return list(numbers)
-
-
-def _round(number: float, ndigits: int | None = None) -> float:
-    if ndigits is not None and abs(ndigits) > 20:  # round(1, -10**9) would compute 10**10**9
-        raise _NotDataError
-    return round(number, ndigits)
-
-
-def _key(value: Any) -> Any:
-    """A value as a key: hashing may neither recurse without a bound nor take an `Unknown` for a value."""
-    if not all(item is None or isinstance(item, (str, int, float)) for item in (value if isinstance(value, tuple) else [value])):
-        raise _NotDataError
-    return value
-
-
-def _unique(values: Iterable[Any] = ()) -> list[Any]:
-    return list(dict.fromkeys(_key(value) for value in values))
-
-
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    **{"list": list, "tuple": tuple, "set": _unique, "int": int, "float": float, "str": _to_text, "bool": bool, "dict": dict},
-    **{"max": max, "min": min, "len": len, "range": _range, "sum": _sum, "abs": abs, "round": _round},
-}
-_TEXT_METHODS: dict[str, Callable[..., Any]] = {
-    **{"lower": str.lower, "upper": str.upper, "strip": str.strip, "split": str.split},
-    **{"startswith": str.startswith, "endswith": str.endswith},
-}
-_READING_METHODS = {"get", "copy", "keys", "values", "items", "index", "count"}
-_METHODS: dict[tuple[type, str], Callable[..., Any]] = {
-    **{(dict, "get"): dict.get, (dict, "copy"): dict.copy, (dict, "pop"): dict.pop, (dict, "setdefault"): dict.setdefault},
-    **{(dict, "keys"): list, (dict, "values"): lambda owner: list(owner.values()), (dict, "items"): lambda owner: list(owner.items())},
-    **{(list, "copy"): list.copy, (list, "index"): list.index, (list, "count"): list.count, (list, "append"): list.append},
-    **{(list, "extend"): list.extend, (list, "insert"): list.insert, (list, "pop"): list.pop},
-}
-_OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
-    **{ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv},
-    **{ast.Mod: operator.mod, ast.Pow: operator.pow, ast.LShift: operator.lshift, ast.RShift: operator.rshift},
-    **{ast.BitOr: operator.or_, ast.BitAnd: operator.and_, ast.BitXor: operator.xor},
-    **{ast.UAdd: operator.pos, ast.USub: operator.neg, ast.Invert: operator.invert, ast.Not: operator.not_},
-    **{ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge},
-    **{ast.Is: operator.is_, ast.IsNot: operator.is_not},
-    **{ast.In: lambda item, container: item in container, ast.NotIn: lambda item, container: item not in container},
-}
-
-
-def _operate(node: ast.operator, left: Any, right: Any, reading: _Reading) -> Any:
-    """A binary operation, refused before it is computed if its result would be too large."""
-    if isinstance(left, (int, float)) and isinstance(right, (int, float)):
-        if isinstance(node, ast.Pow) and isinstance(left, int) and isinstance(right, int) and left.bit_length() * right > 128:
-            raise _NotDataError
-        if isinstance(node, ast.LShift) and right > 64:
-            raise _NotDataError
-    elif isinstance(node, ast.Add) and isinstance(left, (str, list, tuple)) and type(left) is type(right):
-        if len(left) + len(right) > _MAX_ITEMS:
-            raise _NotDataError
-    elif isinstance(node, ast.Mult) and isinstance(left, (str, list, tuple, int)) and isinstance(right, (str, list, tuple, int)):
-        sequence, count = (right, left) if isinstance(left, int) else (left, right)
-        if not isinstance(count, int) or isinstance(sequence, int) or len(sequence) * count > _MAX_ITEMS:
-            raise _NotDataError
-    else:
-        raise _NotDataError  # among others str % values, whose widths have no bound
-    return _bounded(_OPERATORS[type(node)](left, right), reading)
 
 
 @dataclass(kw_only=True)
@@ -377,14 +226,14 @@ class _Interpreter:
         for entry in entries if isinstance(entries, (list, tuple)) else [entries]:
             label = entry if isinstance(entry, str) else entry.text if isinstance(entry, Unknown) else type(entry).__name__
             values, _ = self.reading.read_base(self.path, entry if isinstance(entry, str) else "", label=label)
-            bases.update(_merge(values, bases, self.reading))
+            bases.update(merge(values, bases, self.reading))
         self._mark(bases)
         return bases
 
     def run(self, statements: list[ast.stmt]) -> None:
         for statement in statements:
             self.reading.spend(1)
-            if self.depth >= _MAX_DEPTH:
+            if self.depth >= MAX_DEPTH:
                 self._forget_all(statement)
                 continue
             self.depth += 1
@@ -412,7 +261,7 @@ class _Interpreter:
             case ast.If():
                 try:
                     branch = statement.body if self.known(statement.test) else statement.orelse
-                except _FAILURES:
+                except FAILURES:
                     self._forget_all(statement)
                 else:
                     self.run(branch)
@@ -429,9 +278,9 @@ class _Interpreter:
         try:
             items = self.known(statement.iter)
             if any(isinstance(node, (ast.Break, ast.Continue)) for node in ast.walk(statement)):
-                raise _NotDataError
+                raise NotDataError
             items = list(items)  # a copy: the body may change what it iterates over
-        except _FAILURES:
+        except FAILURES:
             self._forget_all(statement)
             return
         self.reading.spend(len(items) + 1)
@@ -473,11 +322,11 @@ class _Interpreter:
                     return  # and stays unknown
                 key = target.attr if isinstance(target, ast.Attribute) else self.known(target.slice)
                 if not isinstance(owner, dict if isinstance(target, ast.Attribute) else (dict, list)):
-                    raise _NotDataError
-                owner[_key(key)] = value
+                    raise NotDataError
+                owner[as_key(key)] = value
                 if id(owner) in self.inherited:
                     self._mark(value)
-            except _FAILURES:
+            except FAILURES:
                 self._forget(target.value)
         elif isinstance(target, (ast.Tuple, ast.List)) and isinstance(value, (tuple, list)) and len(value) == len(target.elts):
             for element, item in zip(target.elts, value, strict=True):
@@ -489,16 +338,16 @@ class _Interpreter:
         result: Any = self._unknown(statement)
         try:
             current, value = self.known(statement.target), self.known(statement.value)
-            result = _operate(statement.op, current, value, self.reading)
+            result = operate(statement.op, current, value, self.reading)
             if isinstance(current, list) and isinstance(statement.op, ast.Add):
                 current.extend(value)  # += changes the list itself, wherever else it stands
                 result = current
-        except _FAILURES:
+        except FAILURES:
             pass
         self._assign(statement.target, result)
 
     def _is_function(self, name: str) -> bool:
-        return name in _FUNCTIONS and name not in self.opaque
+        return name in FUNCTIONS and name not in self.opaque
 
     def _hide(self, name: str) -> None:
         """Take away what a name meant; data or an import may follow."""
@@ -565,20 +414,20 @@ class _Interpreter:
                 return node.attr
         try:
             return self.evaluate(node)
-        except _FAILURES:
+        except FAILURES:
             return self._unknown(node)
 
     def known(self, node: ast.expr) -> Any:
         """The value of an expression that is computed with."""
         value = self.evaluate(node)
         if isinstance(value, Unknown):
-            raise _NotDataError
+            raise NotDataError
         return value
 
     def evaluate(self, node: ast.expr) -> Any:
         self.reading.spend(1)
-        if self.depth >= _MAX_DEPTH:
-            raise _NotDataError
+        if self.depth >= MAX_DEPTH:
+            raise NotDataError
         self.depth += 1
         try:
             return self._evaluate(node)
@@ -588,7 +437,7 @@ class _Interpreter:
     def _evaluate(self, node: ast.expr) -> Any:
         match node:
             case ast.Constant():
-                return self._fill(node.value) if isinstance(node.value, str) else _bounded(node.value, self.reading)
+                return self._fill(node.value) if isinstance(node.value, str) else bounded(node.value, self.reading)
             case ast.Name():
                 return self._template(self.templates[node.id]) if node.id in self.templates else self.scope[node.id]
             case ast.List():
@@ -596,15 +445,15 @@ class _Interpreter:
             case ast.Tuple():
                 return tuple(self._items(node.elts))
             case ast.Set():
-                return _unique(self._items(node.elts))
+                return unique(self._items(node.elts))
             case ast.Dict():
                 return self._pairs(zip(node.keys, node.values, strict=True))
             case ast.JoinedStr():
-                return _bounded("".join(self._format(part) for part in node.values), self.reading)
+                return bounded("".join(self._format(part) for part in node.values), self.reading)
             case ast.UnaryOp():
-                return _bounded(_OPERATORS[type(node.op)](self.known(node.operand)), self.reading)
+                return bounded(OPERATORS[type(node.op)](self.known(node.operand)), self.reading)
             case ast.BinOp():
-                return _operate(node.op, self.known(node.left), self.known(node.right), self.reading)
+                return operate(node.op, self.known(node.left), self.known(node.right), self.reading)
             case ast.BoolOp():
                 for part in node.values[:-1]:
                     value = self.known(part)
@@ -619,9 +468,9 @@ class _Interpreter:
                 return owner[node.attr]
             case ast.Subscript(slice=ast.Slice() as cut):
                 lower, upper, step = (None if part is None else self.known(part) for part in (cut.lower, cut.upper, cut.step))
-                return _bounded(self.known(node.value)[lower:upper:step], self.reading)
+                return bounded(self.known(node.value)[lower:upper:step], self.reading)
             case ast.Subscript():
-                return self.known(node.value)[_key(self.known(node.slice))]
+                return self.known(node.value)[as_key(self.known(node.slice))]
             case ast.Call(func=ast.Name(id=name)) if self._is_function(name):
                 return self._call_function(name, node)
             case ast.Call(func=ast.Attribute() as method):
@@ -629,12 +478,12 @@ class _Interpreter:
             case ast.ListComp() | ast.GeneratorExp() | ast.SetComp():
                 items: list[Any] = []
                 self._comprehend(node.generators, lambda: items.append(self.slot(node.elt)))
-                return _unique(items) if isinstance(node, ast.SetComp) else _bounded(items, self.reading)
+                return unique(items) if isinstance(node, ast.SetComp) else bounded(items, self.reading)
             case ast.DictComp():
                 pairs: dict[Any, Any] = {}
-                self._comprehend(node.generators, lambda: pairs.update({_key(self.known(node.key)): self.slot(node.value)}))
+                self._comprehend(node.generators, lambda: pairs.update({as_key(self.known(node.key)): self.slot(node.value)}))
                 return pairs
-        raise _NotDataError
+        raise NotDataError
 
     def _template(self, meaning: str) -> Any:
         if meaning.startswith("="):
@@ -650,7 +499,7 @@ class _Interpreter:
             return self._template(self.templates[text])
 
         def replace(match: re.Match[str]) -> str:
-            value = _to_text(self._template(self.templates[match[0]]))
+            value = to_text(self._template(self.templates[match[0]]))
             self.reading.spend(len(value) // 8)
             return value
 
@@ -658,28 +507,28 @@ class _Interpreter:
 
     def _format(self, part: ast.expr) -> str:
         if not isinstance(part, ast.FormattedValue):
-            return _to_text(self.known(part))
+            return to_text(self.known(part))
         value, spec = self.known(part.value), "" if part.format_spec is None else self.known(part.format_spec)
-        text = _to_text(value)
-        if not _FORMAT_SPEC.fullmatch(spec):
-            raise _NotDataError
+        text = to_text(value)
+        if not FORMAT_SPEC.fullmatch(spec):
+            raise NotDataError
         return format(value if part.conversion < 0 else text if part.conversion == ord("s") else repr(value), spec)
 
     def _items(self, nodes: list[ast.expr]) -> list[Any]:
         items: list[Any] = []
         for node in nodes:
-            items.extend(list(_bounded(self.known(node.value), self.reading)) if isinstance(node, ast.Starred) else [self.slot(node)])
+            items.extend(list(bounded(self.known(node.value), self.reading)) if isinstance(node, ast.Starred) else [self.slot(node)])
         return items
 
     def _pairs(self, nodes: Iterable[tuple[ast.expr | None, ast.expr]]) -> dict[Any, Any]:
         pairs: dict[Any, Any] = {}
         for key, value in nodes:
             if key is not None:
-                pairs[_key(self.known(key))] = self.slot(value)
-            elif isinstance(other := _bounded(self.known(value), self.reading), dict):
+                pairs[as_key(self.known(key))] = self.slot(value)
+            elif isinstance(other := bounded(self.known(value), self.reading), dict):
                 pairs.update(other)
             else:
-                raise _NotDataError
+                raise NotDataError
         return pairs
 
     def _compare(self, node: ast.Compare) -> bool:
@@ -687,15 +536,15 @@ class _Interpreter:
         for sign, part in zip(node.ops, node.comparators, strict=True):
             right = self.known(part)
             for value in (left, right):
-                _check_size(value, self.reading)
-            if not _OPERATORS[type(sign)](left, right):
+                check_size(value, self.reading)
+            if not OPERATORS[type(sign)](left, right):
                 return False
             left = right
         return True
 
     def _comprehend(self, generators: list[ast.comprehension], produce: Callable[[], None]) -> None:
         if len(generators) > 8:
-            raise _NotDataError
+            raise NotDataError
         self.reading.spend(len(self.scope) // 8 + 1)
         outside = dict(self.scope), dict(self.imports), set(self.opaque)
 
@@ -703,7 +552,7 @@ class _Interpreter:
             if index == len(generators):
                 produce()
                 return
-            for item in list(_bounded(self.known(generators[index].iter), self.reading)):
+            for item in list(bounded(self.known(generators[index].iter), self.reading)):
                 self._assign(generators[index].target, item)
                 if all(self.known(test) for test in generators[index].ifs):
                     loop(index + 1)
@@ -717,7 +566,7 @@ class _Interpreter:
         arguments = self._items(node.args)
         keywords = self._pairs((ast.Constant(keyword.arg) if keyword.arg else None, keyword.value) for keyword in node.keywords)
         for argument in [*arguments, keywords]:
-            _check_size(argument, self.reading, unknown_allowed=True)
+            check_size(argument, self.reading, unknown_allowed=True)
         return arguments, keywords
 
     def _call_function(self, name: str, node: ast.Call) -> Any:
@@ -725,23 +574,23 @@ class _Interpreter:
         if name == "dict":
             merged: dict[Any, Any] = {}
             for argument in arguments:
-                merged.update({_key(key): value for key, value in (argument.items() if isinstance(argument, dict) else argument)})
-            return _bounded(merged | keywords, self.reading)
+                merged.update({as_key(key): value for key, value in (argument.items() if isinstance(argument, dict) else argument)})
+            return bounded(merged | keywords, self.reading)
         for argument in [] if name in {"list", "tuple"} else arguments:
-            _check_size(argument, self.reading)
-        return _bounded(_FUNCTIONS[name](*arguments, **keywords), self.reading)
+            check_size(argument, self.reading)
+        return bounded(FUNCTIONS[name](*arguments, **keywords), self.reading)
 
     def _call_method(self, method: ast.Attribute, node: ast.Call) -> Any:
         try:
             owner = self.evaluate(method.value)
-        except _FAILURES:
+        except FAILURES:
             self._forget(method.value)
             raise
         if not isinstance(owner, (dict, list)):  # what cannot be changed, or is unknown anyway
-            if isinstance(owner, str) and method.attr in _TEXT_METHODS:
+            if isinstance(owner, str) and method.attr in TEXT_METHODS:
                 arguments, _ = self._arguments(node)
-                return _bounded(_TEXT_METHODS[method.attr](owner, *arguments), self.reading)
-            raise _NotDataError
+                return bounded(TEXT_METHODS[method.attr](owner, *arguments), self.reading)
+            raise NotDataError
         self.reading.spend(len(owner) // 64)  # inserting moves all items behind
         name = (type(owner), method.attr)
         try:
@@ -749,20 +598,20 @@ class _Interpreter:
             if method.attr in {"update", "merge"} and isinstance(owner, dict) and len(arguments) <= 1:
                 return self._update(owner, {**(arguments[0] if arguments else {}), **keywords}, method.attr)
             if method.attr in {"get", "pop", "setdefault"}:
-                arguments[:1] = [_key(key) for key in arguments[:1]]
-            if method.attr == "extend" and len(owner) + len(arguments[0]) > _MAX_ITEMS:
-                raise _NotDataError
-            return _METHODS[name](owner, *arguments, **keywords)
-        except _FAILURES:
-            if name not in _METHODS or method.attr not in _READING_METHODS:
+                arguments[:1] = [as_key(key) for key in arguments[:1]]
+            if method.attr == "extend" and len(owner) + len(arguments[0]) > MAX_ITEMS:
+                raise NotDataError
+            return METHODS[name](owner, *arguments, **keywords)
+        except FAILURES:
+            if name not in METHODS or method.attr not in READING_METHODS:
                 self._forget(method.value)
             raise
 
     def _update(self, owner: dict[Any, Any], other: dict[Any, Any], method: str) -> None:
         inherited = id(owner) in self.inherited
         if method == "merge":
-            _check_size(owner, self.reading, unknown_allowed=True)
-            merged = _merge(other, owner, self.reading)
+            check_size(owner, self.reading, unknown_allowed=True)
+            merged = merge(other, owner, self.reading)
             owner.clear()
             owner.update(merged)
         for key, value in other.items() if method == "update" else ():

@@ -69,7 +69,7 @@ def given_image(path: Path, image: NDArray[np.uint8]) -> ParityImage:
 def _with_loose_box(name: str, image: NDArray[np.uint8], box: NDArray[np.float32]) -> ParityImage:
     size = np.array([box[2] - box[0], box[3] - box[1]] * 2, dtype=np.float32)
     loose = box + np.array([-0.3, -0.1, 0.1, 0.4], dtype=np.float32) * size
-    return ParityImage(name=name, image=image, boxes_xyxy=np.stack([box, loose]))
+    return ParityImage(name=name, image=image, boxes_xyxy=np.stack([box, loose]).astype(np.float32))
 
 
 def check_parity(model: ExportableModel, artifact: BackendArtifact, canonical: OnnxModel, images: Sequence[ParityImage], gates: Gates) -> ParityRecord:
@@ -217,7 +217,10 @@ def _match(ours: Detections, theirs: Detections, facts: DetectorFacts, gates: Ga
     edges = [facts.score_thr] + ([float(theirs.scores[-1])] if is_cut and len(theirs) else [])
     undecided = sum(any(abs(score - edge) <= gates.score for edge in edges) for score in lone_scores)
     return _Matched(
-        shifts_px=np.array(shifts, dtype=np.float64), score_shifts=np.array(score_shifts, dtype=np.float64), flips=len(lone_scores) - undecided, undecided=undecided
+        shifts_px=np.array(shifts, dtype=np.float64),
+        score_shifts=np.array(score_shifts, dtype=np.float64),
+        flips=len(lone_scores) - undecided,
+        undecided=undecided,
     )
 
 
@@ -244,10 +247,14 @@ def failed_gates(record: ParityRecord) -> list[str]:
 
 def parity_rows(record: ParityRecord) -> list[Mapping[str, str]]:
     """The record as rows of a table: what, figure, gate, verdict."""
-    rows = [{"what": f"{p.name} (relative L-inf)", "figure": f"{p.relative_linf:.2e}", "gate": f"{p.gate:g}", "ok": "ok" if p.passed else "FAIL"} for p in record.outputs]
-    for p in record.pixels:
-        count = f"{p.count}" + (f", {p.undecided} undecided" if p.undecided else "")
-        rows.append({"what": f"{p.name.removesuffix('_px').replace('_', ' ')} ({count})", "figure": _figure(p), "gate": f"{p.gate:g}", "ok": "ok" if p.passed else "FAIL"})
+    rows: list[Mapping[str, str]] = [
+        {"what": f"{p.name} (relative L-inf)", "figure": f"{p.relative_linf:.2e}", "gate": f"{p.gate:g}", "ok": "ok" if p.passed else "FAIL"}
+        for p in record.outputs
+    ]
+    for figure in record.pixels:
+        count = f"{figure.count}" + (f", {figure.undecided} undecided" if figure.undecided else "")
+        what = f"{figure.name.removesuffix('_px').replace('_', ' ')} ({count})"
+        rows.append({"what": what, "figure": _figure(figure), "gate": f"{figure.gate:g}", "ok": "ok" if figure.passed else "FAIL"})
     return rows
 
 

@@ -40,7 +40,9 @@ def _scene(rng: np.random.Generator, size_hw: tuple[int, int]) -> tuple[Image, N
         canvas += cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC) * (160.0 / octave**0.5)
     for _ in range(6):
         corner = rng.integers(0, (width, height))
-        cv2.rectangle(canvas, tuple(int(v) for v in corner), tuple(int(v) for v in corner + rng.integers(20, 160, 2)), tuple(rng.uniform(30, 220, 3).tolist()), -1)
+        cv2.rectangle(
+            canvas, tuple(int(v) for v in corner), tuple(int(v) for v in corner + rng.integers(20, 160, 2)), tuple(rng.uniform(30, 220, 3).tolist()), -1
+        )
     scale = float(rng.uniform(0.9, 1.4)) * height / 480
     center = np.array([rng.uniform(0.35, 0.65) * width, rng.uniform(0.45, 0.55) * height])
     skin, cloth = rng.uniform((70, 110, 160), (140, 170, 230)), rng.uniform(20, 200, 3)
@@ -52,9 +54,11 @@ def _scene(rng: np.random.Generator, size_hw: tuple[int, int]) -> tuple[Image, N
             cv2.line(canvas, _pixel(a), _pixel(b), tuple((color * shade).tolist()), max(1, int(width_px * share)), cv2.LINE_AA)
     head = center + np.array((0, -86)) * scale
     cv2.circle(canvas, _pixel(head), int(17 * scale), tuple(skin.tolist()), -1, cv2.LINE_AA)
-    cv2.ellipse(canvas, _pixel(head - (0, 6 * scale)), (int(17 * scale), int(13 * scale)), 0, 180, 360, tuple((cloth * 0.3).tolist()), -1, cv2.LINE_AA)
+    cv2.ellipse(
+        canvas, _pixel(head - np.array((0, 6 * scale))), (int(17 * scale), int(13 * scale)), 0, 180, 360, tuple((cloth * 0.3).tolist()), -1, cv2.LINE_AA
+    )
     for side in (-6, 6):
-        cv2.circle(canvas, _pixel(head + (side * scale, 0)), max(1, int(2 * scale)), (20, 20, 20), -1, cv2.LINE_AA)
+        cv2.circle(canvas, _pixel(head + np.array((side * scale, 0))), max(1, int(2 * scale)), (20, 20, 20), -1, cv2.LINE_AA)
     noisy = canvas + rng.normal(0, 4, canvas.shape)
     box = np.array([center[0] - 60 * scale, center[1] - 106 * scale, center[0] + 62 * scale, center[1] + 126 * scale], dtype=np.float32)
     return np.clip(noisy, 0, 255).astype(np.uint8), box

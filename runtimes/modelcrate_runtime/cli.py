@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
     from modelcrate_runtime.top_down import Instance
 
-app = typer.Typer(name="modelcrate", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
+app = typer.Typer(
+    name="modelcrate", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
+)
 INTERRUPTED: Final = 130
 JSON_OPTION = typer.Option("--json", help="Print JSON instead of tables.")
 
@@ -42,7 +44,7 @@ def consoles() -> tuple[Console, Console]:
 def exit_on_error() -> Iterator[None]:
     """Print an error in one line with its hint, and exit with its code. MODELCRATE_TRACEBACK=1 shows where it came from."""
 
-    def stop(number: int, frame: object) -> None:
+    def stop(_number: int, _frame: object) -> None:
         raise KeyboardInterrupt
 
     # A service manager's SIGTERM cleans up like Ctrl-C does.
@@ -71,9 +73,16 @@ def exit_on_error() -> Iterator[None]:
 
 @app.command()
 def run(
-    inputs: Annotated[list[str], typer.Argument(help="One or two bundles (detector, pose estimator, or both for top-down), then images or folders of images.", metavar="BUNDLE... IMAGE...")],
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            help="One or two bundles (detector, pose estimator, or both for top-down), then images or folders of images.", metavar="BUNDLE... IMAGE..."
+        ),
+    ],
     save: Annotated[Path | None, typer.Option(help="Draw the results: a picture for one image, a folder for several.")] = None,
-    box: Annotated[list[str] | None, typer.Option(help="A box for the pose estimator: left,top,right,bottom in pixels. May be repeated. Without one: the whole image.")] = None,
+    box: Annotated[
+        list[str] | None, typer.Option(help="A box for the pose estimator: left,top,right,bottom in pixels. May be repeated. Without one: the whole image.")
+    ] = None,
     det_thr: Annotated[float, typer.Option(help="Least score of a detection.")] = 0.3,
     det_label: Annotated[int, typer.Option(help="Top-down: class of the detections that get a pose.")] = 0,
     kpt_thr: Annotated[float, typer.Option(help="Least score of a keypoint that is drawn.")] = 0.3,
@@ -152,7 +161,16 @@ def backend_rows(*, can_build: dict[str, tuple[bool, str]]) -> list[dict[str, An
             details = ", ".join(module.get_available_providers()) if name == "onnxruntime" else ""
         builds, build_hint = can_build.get(name, (False, f"pip install 'modelcrate[convert,{backend.extra}]'"))
         hints = ([] if backend.is_installed else [backend.install_command]) + ([] if builds else [build_hint])
-        rows.append({"backend": name, "version": version, "can_build": builds, "can_run": version is not None, "details": details, "install": hints[-1] if hints else ""})
+        rows.append(
+            {
+                "backend": name,
+                "version": version,
+                "can_build": builds,
+                "can_run": version is not None,
+                "details": details,
+                "install": hints[-1] if hints else "",
+            }
+        )
     return rows
 
 
@@ -166,7 +184,9 @@ def print_backends(rows: list[dict[str, Any]], *, as_json: bool) -> None:
     out, _ = consoles()
     table = Table("backend", "version", "can build", "can run", "providers", "to install what is missing")
     for row in rows:
-        table.add_row(row["backend"], row["version"] or "not installed", _yes(row["can_build"]), _yes(row["can_run"]), row["details"], row["install"].replace("[", "\\["))
+        table.add_row(
+            row["backend"], row["version"] or "not installed", _yes(row["can_build"]), _yes(row["can_run"]), row["details"], row["install"].replace("[", "\\[")
+        )
     out.print(table)
 
 

@@ -76,7 +76,7 @@ def draw_poses(image: NDArray[np.uint8], poses: Poses, *, keypoints: KeypointInf
 
 def _unit(image: NDArray[np.uint8]) -> int:
     """Line width in pixels that looks alike on small and large images."""
-    return max(1, round(max(image.shape[:2]) / 320))
+    return max(1, round(float(max(image.shape[:2])) / 320))
 
 
 def _label_color(label: int) -> tuple[int, int, int]:

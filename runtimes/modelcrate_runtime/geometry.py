@@ -127,7 +127,7 @@ def crop_exact(image: Image, box_xyxy: NDArray[np.float32], *, size_wh: tuple[in
         box_w = box_h * aspect
     if use_udp:
         step_x, step_y = float(box_w) / (width - 1), float(box_h) / (height - 1)
-        matrix = np.array(
+        matrix: NDArray[np.floating] = np.array(
             [[1 / step_x, 0, (0.5 * float(box_w) - float(center[0])) / step_x], [0, 1 / step_y, (0.5 * float(box_h) - float(center[1])) / step_y]],
             dtype=np.float32,
         )

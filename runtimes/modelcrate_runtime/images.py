@@ -38,7 +38,9 @@ def read_image(path: Path) -> NDArray[np.uint8]:
     except cv2.error as error:
         raise InputError(f"{path}: expected an image, found one that OpenCV refuses: {error.err}") from error
     if image is None:
-        raise InputError(f"{path}: expected an image, found {'an empty file' if not data.size else 'something that OpenCV cannot decode'}", hint="convert it to JPEG or PNG")
+        raise InputError(
+            f"{path}: expected an image, found {'an empty file' if not data.size else 'something that OpenCV cannot decode'}", hint="convert it to JPEG or PNG"
+        )
     return image  # type: ignore[return-value]
 
 
@@ -73,7 +75,9 @@ def write_image(path: Path, image: NDArray[np.uint8]) -> None:
         OutputError: an unknown suffix, or the file cannot be written.
     """
     if path.suffix.lower() not in IMAGE_SUFFIXES:
-        raise OutputError(f"{path}: expected one of {', '.join(sorted(IMAGE_SUFFIXES))}, found {path.suffix or 'no suffix'!r}", hint="name the picture like out.png")
+        raise OutputError(
+            f"{path}: expected one of {', '.join(sorted(IMAGE_SUFFIXES))}, found {path.suffix or 'no suffix'!r}", hint="name the picture like out.png"
+        )
     if path.suffix.lower() in {".jpg", ".jpeg"}:
         data = encode_jpeg(image)
     else:

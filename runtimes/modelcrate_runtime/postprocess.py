@@ -108,7 +108,9 @@ class BoxDecoder:
         else:
             half = len(maps) // 2
             if len(maps) % 2 or half != len(params.anchor_generator.strides):
-                raise UnsupportedBundleError(f"{self._where}: expected class and distance maps for strides {params.anchor_generator.strides}, found outputs {names}")
+                raise UnsupportedBundleError(
+                    f"{self._where}: expected class and distance maps for strides {params.anchor_generator.strides}, found outputs {names}"
+                )
             boxes, scores = decode_raw_head(maps[:half], maps[half:], strides=params.anchor_generator.strides, offset=params.anchor_generator.offset)
         return [self._suppressed(boxes[i], scores[i], meta, params) for i, meta in enumerate(metas)]
 
@@ -153,7 +155,8 @@ def decode_raw_head(class_maps: Sequence[Tensor], distance_maps: Sequence[Tensor
 
 def _sigmoid(x: Tensor) -> Tensor:
     """Without overflow for large negative logits."""
-    return np.float32(0.5) * (np.tanh(np.float32(0.5) * x) + np.float32(1))
+    half: Tensor = np.tanh(np.float32(0.5) * x) + np.float32(1)
+    return half * np.float32(0.5)
 
 
 def suppress(boxes_xyxy: Tensor, scores: Tensor, *, iou_threshold: float, classes: NDArray[np.intp] | None = None) -> NDArray[np.intp]:

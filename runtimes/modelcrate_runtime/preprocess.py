@@ -7,7 +7,7 @@ up to Normalize work on uint8 pixels; Normalize is a table look-up per channel, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import cv2
 import numpy as np
@@ -69,7 +69,7 @@ class ImageMeta:
     crop: Crop | None = None
 
 
-def check_image(image: NDArray[np.generic], *, color: bool = True) -> Image:
+def check_image(image: Any, *, color: bool = True) -> Image:
     """The caller's image as (H, W, 3) uint8 BGR, or (H, W, 1) where the network wants grey.
 
     Args:
@@ -82,20 +82,20 @@ def check_image(image: NDArray[np.generic], *, color: bool = True) -> Image:
     if not isinstance(image, np.ndarray):
         raise InputError(f"image: expected a numpy array, found {type(image).__name__}", hint="read it with cv2.imread, and check that the file is there")
     if image.dtype != np.uint8:
-        raise InputError(f"image: expected uint8 pixels, found {image.dtype}", hint="scale to 0..255 first; for 16-bit images: (image // 256).astype(numpy.uint8)")
+        raise InputError(
+            f"image: expected uint8 pixels, found {image.dtype}", hint="scale to 0..255 first; for 16-bit images: (image // 256).astype(numpy.uint8)"
+        )
     if image.ndim == 2:
         image = image[:, :, None]
     if image.ndim != 3 or image.shape[2] not in {1, 3, 4} or 0 in image.shape:
         raise InputError(f"image: expected shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), found {image.shape}")
     channels = image.shape[2]
-    if not color:
-        if channels == 1:
-            return image
-        code = cv2.COLOR_BGR2GRAY if channels == 3 else cv2.COLOR_BGRA2GRAY
-        return cv2.cvtColor(image, code)[:, :, None]  # type: ignore[return-value]
-    if channels == 3:
-        return image
-    return cv2.cvtColor(image, cv2.COLOR_GRAY2BGR if channels == 1 else cv2.COLOR_BGRA2BGR)  # type: ignore[return-value]
+    pixels: Image = image
+    if color and channels != 3:
+        pixels = cv2.cvtColor(pixels, cv2.COLOR_GRAY2BGR if channels == 1 else cv2.COLOR_BGRA2BGR)  # type: ignore[assignment]  # OpenCV's stubs lose the dtype
+    elif not color and channels != 1:
+        pixels = cv2.cvtColor(pixels, cv2.COLOR_BGR2GRAY if channels == 3 else cv2.COLOR_BGRA2GRAY)[:, :, None]  # type: ignore[assignment]
+    return pixels
 
 
 class Preprocessor:
@@ -119,12 +119,14 @@ class Preprocessor:
         self._geometry: Geometry = geometry
         self._where = where
         self._load = LoadImageFromFile()
-        self._normalize: Normalize | None = None
-        self._box_step: TopDownGetBboxCenterScale | None = None
+        self._normalize = pipeline.transform(Normalize)
+        self._box_step = pipeline.transform(TopDownGetBboxCenterScale)
         self._before: list[Transform] = []
         self._after: list[Pad] = []
+        is_normalized = False
         for i, transform in enumerate(pipeline.preprocess.transforms):
-            self._place(transform, index=i)
+            self._place(transform, index=i, is_normalized=is_normalized)
+            is_normalized |= isinstance(transform, Normalize)
         self.is_top_down = any(isinstance(t, TopDownAffine) for t in self._before)
         if self.is_top_down and self._box_step is None:
             self._box_step = TopDownGetBboxCenterScale(image_size=next(t.image_size for t in self._before if isinstance(t, TopDownAffine)))
@@ -141,22 +143,18 @@ class Preprocessor:
         self._source_channel = (2, 1, 0) if swap else tuple(range(channels))
         self._channels = channels
 
-    def _place(self, transform: Transform, *, index: int) -> None:
-        """Sort one transform into load, before Normalize, Normalize, after it."""
+    def _place(self, transform: Transform, *, index: int, is_normalized: bool) -> None:
+        """Sort one transform into load, before Normalize, after it."""
         at = f"{self._where}: transforms[{index}]"
         if not isinstance(transform, _KNOWN):
             name = getattr(transform, "name", transform.type)
             raise UnsupportedBundleError(f"{at}: expected one of {', '.join(t.type for t in _KNOWN)}, found {name}")
         if isinstance(transform, LoadImageFromFile):
             self._load = transform
-        elif isinstance(transform, Normalize):
-            self._normalize = transform
-        elif isinstance(transform, TopDownGetBboxCenterScale):
-            self._box_step = transform
-        elif isinstance(transform, Pad) and self._normalize is not None:
+        elif isinstance(transform, Pad) and is_normalized:
             self._after.append(transform)
         elif isinstance(transform, (Resize, LetterResize, Pad, CenterCrop, TopDownAffine)):
-            if self._normalize is not None:
+            if is_normalized:
                 raise UnsupportedBundleError(f"{at}: {transform.type} after Normalize is not supported")
             self._before.append(transform)
         if isinstance(transform, Resize) and transform.interpolation not in _INTERPOLATION:
@@ -164,7 +162,7 @@ class Preprocessor:
         if isinstance(transform, Pad) and transform.padding_mode not in _BORDER:
             raise UnsupportedBundleError(f"{at}: padding_mode: expected one of {', '.join(_BORDER)}, found {transform.padding_mode!r}")
 
-    def prepare(self, image: NDArray[np.generic]) -> Image:
+    def prepare(self, image: NDArray[np.uint8]) -> Image:
         """Check the caller's image and bring its channels to the order that LoadImageFromFile asks for: (H, W, C) uint8."""
         color = self._channels == 3
         checked = check_image(image, color=color)
@@ -172,7 +170,7 @@ class Preprocessor:
             return cv2.cvtColor(checked, cv2.COLOR_BGR2RGB)  # type: ignore[return-value]
         return checked
 
-    def image(self, image: NDArray[np.generic]) -> tuple[Tensor, ImageMeta]:
+    def image(self, image: NDArray[np.uint8]) -> tuple[Tensor, ImageMeta]:
         """One whole image.
 
         Args:
@@ -192,7 +190,7 @@ class Preprocessor:
             tensor = _pad_planes(tensor, pad)
         return tensor, meta
 
-    def crops(self, image: NDArray[np.generic], boxes: ArrayLike | None) -> tuple[Tensor, list[Crop]]:
+    def crops(self, image: NDArray[np.uint8], boxes: ArrayLike | None) -> tuple[Tensor, list[Crop]]:
         """One crop for each box of an image.
 
         Args:
@@ -320,7 +318,8 @@ def _missing(transform: Pad, height: int, width: int) -> tuple[int, int]:
         target_h, target_w = -(-height // divisor) * divisor, -(-width // divisor) * divisor
     if target_h < height or target_w < width:
         raise InputError(
-            f"image: expected at most {target_w}x{target_h} pixels before padding, found {width}x{height}", hint="the bundle's Pad is smaller than its Resize: convert it again"
+            f"image: expected at most {target_w}x{target_h} pixels before padding, found {width}x{height}",
+            hint="the bundle's Pad is smaller than its Resize: convert it again",
         )
     return target_h - height, target_w - width
 
@@ -330,7 +329,7 @@ def _bordered(pixels: Image, top: int, bottom: int, left: int, right: int, *, mo
         return pixels
     shape = (pixels.shape[0] + top + bottom, pixels.shape[1] + left + right, pixels.shape[2])
     value = (fill,) * 4
-    return cv2.copyMakeBorder(pixels, top, bottom, left, right, _BORDER[mode], value=value).reshape(shape)  # type: ignore[return-value]
+    return cv2.copyMakeBorder(pixels, top, bottom, left, right, _BORDER[mode], value=value).reshape(shape)  # type: ignore[return-value, unused-ignore]  # OpenCV's stubs lose the dtype
 
 
 def _pad_planes(tensor: Tensor, transform: Pad) -> Tensor:

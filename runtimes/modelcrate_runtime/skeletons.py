@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, TypeAlias
 
 from modelcrate_bundle.manifest import KeypointInfo
 
-_BLUE: Final = (51, 153, 255)
-_GREEN: Final = (0, 255, 0)
-_ORANGE: Final = (255, 128, 0)
+_Rgb: TypeAlias = tuple[int, int, int]
+_BLUE: Final[_Rgb] = (51, 153, 255)
+_GREEN: Final[_Rgb] = (0, 255, 0)
+_ORANGE: Final[_Rgb] = (255, 128, 0)
 
 COCO_17: Final = KeypointInfo(
     names=[

@@ -285,7 +285,8 @@ def _check_task(bundle: Bundle, *, module: str, expected: str) -> None:
     if found != module:
         kind = {"mmdet": "a detector", "mmpose": "a pose estimator", "mmcls": "a classifier"}
         raise TaskMismatchError(
-            f"{bundle.root}: expected {kind[module]} for {expected}, found {kind.get(found, f'a bundle of {found}')}", hint=f"open it with {bundle.deploy.task or 'the class of its task'}"
+            f"{bundle.root}: expected {kind[module]} for {expected}, found {kind.get(found, f'a bundle of {found}')}",
+            hint=f"open it with {bundle.deploy.task or 'the class of its task'}",
         )
 
 

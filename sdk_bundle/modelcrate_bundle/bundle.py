@@ -256,14 +256,18 @@ def _open_source(root: Path) -> _Source:
         return _Source(root)
     if root.is_file():
         return _ZipSource(root)
-    raise BundleError(f"{root}: expected a bundle's folder, found nothing there", hint="write one with: modelcrate convert CHECKPOINT -t onnxruntime -o crates/")
+    raise BundleError(
+        f"{root}: expected a bundle's folder, found nothing there", hint="write one with: modelcrate convert CHECKPOINT -t onnxruntime -o crates/"
+    )
 
 
 def _inner_path(name: str, *, where: str) -> PurePosixPath:
     """A name from JSON as a path that cannot leave the bundle, on any operating system."""
     path = PurePosixPath(name)
     if not name or path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or "\0" in name:
-        raise BundleIntegrityError(f"{where}: expected a relative path inside the bundle, found {name!r}", hint="do not use this bundle: it reaches for files outside itself")
+        raise BundleIntegrityError(
+            f"{where}: expected a relative path inside the bundle, found {name!r}", hint="do not use this bundle: it reaches for files outside itself"
+        )
     return path
 
 

@@ -185,7 +185,8 @@ def read_manifest(data: bytes, *, where: str = "manifest.json") -> Manifest:
         raise BundleFormatError(f"{where}: $.schema_version: expected a string like {SCHEMA_VERSION!r}, found {version!r}")
     if version.partition(".")[0] != SCHEMA_VERSION.partition(".")[0]:
         raise UnsupportedBundleError(
-            f"{where}: $.schema_version: expected {SCHEMA_VERSION.partition('.')[0]}.x, found {version}", hint="use the modelcrate that wrote the bundle, or convert again"
+            f"{where}: $.schema_version: expected {SCHEMA_VERSION.partition('.')[0]}.x, found {version}",
+            hint="use the modelcrate that wrote the bundle, or convert again",
         )
     manifest = read_record(Manifest, raw, where=where)
     if manifest.geometry not in {"exact", "sdk"}:

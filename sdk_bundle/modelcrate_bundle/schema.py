@@ -483,7 +483,7 @@ def _shown(value: object) -> str:
 
 
 def _format_error(message: str, *, where: str, at: str) -> BundleFormatError:
-    """msgspec's message, with the path made absolute and the words turned to ours."""
+    """Msgspec's message, with the path made absolute and the words turned to ours."""
     body, _, path = message.partition(" - at `$")
     wrong_type = re.fullmatch(r"Expected `(.+)`, got `(.+)`", body)
     missing = re.fullmatch(r"Object missing required field `(.+)`", body)
@@ -527,7 +527,8 @@ def write_pipeline(pipeline: Pipeline) -> JsonObject:
         {"type": "Task"} | write_record(postprocess) | {"params": _write_params(postprocess.params)},
     ]
     inner = {"input": pipeline.input, "output": pipeline.output, "tasks": steps} | pipeline.extra.get("inner", {})
-    return {"pipeline": inner} | pipeline.extra.get("outer", {})
+    outer: JsonObject = pipeline.extra.get("outer", {})
+    return {"pipeline": inner} | outer
 
 
 def _write_transform(transform: Transform) -> JsonObject:
@@ -544,7 +545,9 @@ def _write_transform(transform: Transform) -> JsonObject:
 def _write_params(params: Params) -> JsonObject:
     raw = write_record(params)
     if isinstance(params, SimCCLabelDecodeParams):
-        return {"type": raw.pop("codec")} | raw
+        ordered: JsonObject = {"type": raw.pop("codec")}
+        ordered.update(raw)
+        return ordered
     return raw
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from modelcrate_bundle import Bundle, BundleWriter, Manifest, TensorSpec
 from modelcrate_bundle.manifest import OutputParity, ParityRecord, Provenance, Stage, Timing
 from modelcrate_bundle.schema import (

@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import modelcrate_bundle
 import pytest
+
+import modelcrate_bundle
 from modelcrate_bundle import Bundle, BundleWriter, Manifest
 from modelcrate_bundle.bundle import MAX_JSON_BYTES
 from modelcrate_bundle.errors import BundleError, BundleFormatError, BundleIntegrityError, ModelcrateError, OutputError, UnsupportedBundleError

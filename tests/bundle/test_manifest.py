@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from modelcrate_bundle import Bundle, Manifest, ShapeRange, TensorSpec
 from modelcrate_bundle.errors import BundleFormatError, ModelcrateError, UnsupportedBundleError
 from modelcrate_bundle.manifest import (

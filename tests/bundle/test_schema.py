@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+
 from modelcrate_bundle.errors import BundleError, BundleFormatError
 from modelcrate_bundle.manifest import read_manifest
 from modelcrate_bundle.schema import (

@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+
 from modelcrate_bundle.errors import ConfigError, DownloadError, OutputError
 from modelcrate_converter import download as module
 from modelcrate_converter.download import default_cache_dir, download, expected_sha256_prefix

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from modelcrate_bundle.errors import ConfigError
-from modelcrate_converter.mmconfig import ModelConfig, Unknown, read_config_file, read_config_text
+from modelcrate_converter.mmconfig import ModelConfig, read_config_file, read_config_text
+from modelcrate_converter.mmconfig_values import Unknown
 
 
 def values_of(text: str) -> dict[str, Any]:

@@ -74,12 +74,12 @@ class RTMDet(nn.Module):
 
 
 def _stacks(shapes: Shapes, *, share_conv: bool) -> nn.ModuleList:
-    levels = nn.ModuleList(nn.Sequential(*(conv_module(shapes / level / i) for i in (shapes / level).indices())) for level in shapes.indices())
+    levels = [[conv_module(shapes / level / i) for i in (shapes / level).indices()] for level in shapes.indices()]
     if share_conv:
-        for level in levels[1:]:
-            for module, first in zip(level, levels[0], strict=True):  # type: ignore[arg-type]
-                module.conv = first.conv
-    return levels
+        for modules in levels[1:]:
+            for module, first in zip(modules, levels[0], strict=True):
+                module.conv = first.conv  # pyright: ignore[reportAttributeAccessIssue]  # both are ConvModules: separable heads do not share
+    return nn.ModuleList(nn.Sequential(*modules) for modules in levels)
 
 
 def _predictors(shapes: Shapes) -> nn.ModuleList:

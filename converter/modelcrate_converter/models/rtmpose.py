@@ -30,7 +30,8 @@ class ScaleNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., d)."""
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True) * self.scale
-        return x / norm.clamp(min=self.eps) * self.g
+        normalized: Tensor = x / norm.clamp(min=self.eps) * self.g
+        return normalized
 
 
 class Scale(nn.Module):
@@ -86,8 +87,8 @@ class RTMCCHead(nn.Module):
         self.final_layer = nn.Conv2d(channels, keypoints, kernel, padding=kernel // 2)
         self.mlp = nn.Sequential(ScaleNorm(shapes / "mlp" / 0, dim=flattened), nn.Linear(flattened, hidden, bias=False))
         self.gau = GatedAttentionUnit(shapes / "gau")
-        self.cls_x = nn.Linear(*reversed(shapes["cls_x.weight"]), bias=False)
-        self.cls_y = nn.Linear(*reversed(shapes["cls_y.weight"]), bias=False)
+        self.cls_x = nn.Linear(hidden, shapes["cls_x.weight"][0], bias=False)
+        self.cls_y = nn.Linear(hidden, shapes["cls_y.weight"][0], bias=False)
 
     def forward(self, feature: Tensor) -> tuple[Tensor, Tensor]:
         """(N, C, H/32, W/32) -> (N, K, W * ratio) and (N, K, H * ratio) logits."""

@@ -132,7 +132,9 @@ def open_artefact(name: str, files: Mapping[str, Path], options: SessionOptions,
     """
     backend = BACKENDS.get(name)
     if backend is None:
-        raise UnsupportedBundleError(f"{where}: backend: expected one of {', '.join(BACKENDS)}, found {name!r}", hint="convert the checkpoint for one of those: modelcrate convert")
+        raise UnsupportedBundleError(
+            f"{where}: backend: expected one of {', '.join(BACKENDS)}, found {name!r}", hint="convert the checkpoint for one of those: modelcrate convert"
+        )
     if not backend.is_installed:
         raise MissingBackendError(f"{where}: needs {name}, which is not installed", hint=backend.install_command)
     module = cast("_SessionModule", importlib.import_module(backend.session))

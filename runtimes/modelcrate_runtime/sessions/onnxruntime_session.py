@@ -75,7 +75,9 @@ class OnnxRuntimeSession:
             raise _load_error(path, error) from error
         self.providers = tuple(self._session.get_providers())
         if self.providers[0] != wanted[0]:
-            raise MissingBackendError(f"{path}: expected to run on {wanted[0]}, found {self.providers[0]}: the provider did not start", hint="see ONNX Runtime's own message above")
+            raise MissingBackendError(
+                f"{path}: expected to run on {wanted[0]}, found {self.providers[0]}: the provider did not start", hint="see ONNX Runtime's own message above"
+            )
         self.inputs = tuple(_spec(node) for node in self._session.get_inputs())
         self.outputs = tuple(_spec(node) for node in self._session.get_outputs())
         self._names = [spec.name for spec in self.outputs]
@@ -113,13 +115,18 @@ def _usable_cores() -> int:
 
 def _spec(node: Any) -> TensorSpec:
     shape: tuple[Dim, ...] = tuple(dim if isinstance(dim, (int, str)) else f"{node.name}_dim_{i}" for i, dim in enumerate(node.shape))
-    return TensorSpec(name=node.name, dtype=_DTYPES.get(node.type, node.type), shape=shape)
+    return TensorSpec(name=node.name, dtype=_DTYPES.get(node.type, str(node.type)), shape=shape)
 
 
 def _load_error(path: Path, error: Exception) -> BundleIntegrityError | UnsupportedBundleError:
     text = _first_line(error)
-    if any(words in text for words in ("not a registered function/op", "No opset import", "Unsupported model IR version", "is not implemented", "NOT_IMPLEMENTED")):
-        return UnsupportedBundleError(f"{path}: expected operators that ONNX Runtime has, found: {text}", hint="convert the checkpoint with modelcrate: its graphs need no custom operators")
+    if any(
+        words in text for words in ("not a registered function/op", "No opset import", "Unsupported model IR version", "is not implemented", "NOT_IMPLEMENTED")
+    ):
+        return UnsupportedBundleError(
+            f"{path}: expected operators that ONNX Runtime has, found: {text}",
+            hint="convert the checkpoint with modelcrate: its graphs need no custom operators",
+        )
     return BundleIntegrityError(f"{path}: expected an ONNX graph, found: {text}", hint="copy the bundle again from where it was built, or convert again")
 
 
