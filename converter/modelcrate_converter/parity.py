@@ -131,7 +131,8 @@ def _check_pose(model: ExportableModel, session: Session, images: Sequence[Parit
     our_poses, their_poses = (decoder.decode(values, crops, input_hw=input_hw) for values in (ours, theirs))
     shifts = np.linalg.norm(our_poses.keypoints_xy - their_poses.keypoints_xy, axis=2)
     decided = _decided_maxima(ours, theirs, gate=gates.relative_linf)
-    scores = np.abs(our_poses.scores - their_poses.scores)
+    # SimCC scores are unnormalised logits: their shift is taken relative to the largest where that exceeds 1.
+    scores = np.abs(our_poses.scores - their_poses.scores) / max(1.0, float(np.abs(their_poses.scores).max(initial=0.0)))
     pixels = [
         _pixels("keypoint_shift_px", shifts[decided], gates.keypoint_px, undecided=int((~decided).sum())),
         _pixels("score_shift", scores, gates.score),

@@ -61,7 +61,7 @@ class PixelParity(msgspec.Struct, kw_only=True, frozen=True):
     """One figure in the unit of the task.
 
     Attributes:
-        name: keypoint_shift_px, box_shift_px, score_shift, label_flips or unmatched_boxes.
+        name: keypoint_shift_px, box_shift_px, score_shift (of keypoints: relative to the largest score where that exceeds 1) or label_flips.
         worst: the largest value, in input-image pixels for shifts.
         mean: the mean over `count` things.
         count: how many keypoints or boxes were compared.

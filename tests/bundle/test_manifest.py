@@ -120,7 +120,9 @@ def test_written_manifest_reads_to_the_same_value(make_manifest: MakeManifest) -
     manifest = make_manifest(
         task="PoseDetector",
         shape_ranges={"input": ShapeRange(min=(1, 3, 256, 192), opt=(4, 3, 256, 192), max=(8, 3, 256, 192))},
-        keypoints=KeypointInfo(names=["nose", "eye"], skeleton=[(0, 1)], flip_pairs=[(0, 1)], sigmas=[0.026, 0.025], colors=[(1, 2, 3), (4, 5, 6)], link_colors=[(7, 8, 9)]),
+        keypoints=KeypointInfo(
+            names=["nose", "eye"], skeleton=[(0, 1)], flip_pairs=[(0, 1)], sigmas=[0.026, 0.025], colors=[(1, 2, 3), (4, 5, 6)], link_colors=[(7, 8, 9)]
+        ),
         files=[FileEntry(path="end2end.onnx", role="net", bytes=3, sha256="cd" * 32)],
         parity=ParityRecord(
             verified=True,
@@ -245,7 +247,9 @@ def test_figure_that_is_not_finite_is_never_written_as_null(value: float, make_m
     assert read_manifest(data).parity.outputs[0].passed is False
 
 
-@pytest.mark.parametrize(("verified", "output", "pixel", "passed"), [(True, True, True, True), (False, True, True, False), (True, False, True, False), (True, True, False, False)])
+@pytest.mark.parametrize(
+    ("verified", "output", "pixel", "passed"), [(True, True, True, True), (False, True, True, False), (True, False, True, False), (True, True, False, False)]
+)
 def test_parity_passed_only_if_everything_did(verified: bool, output: bool, pixel: bool, passed: bool) -> None:
     record = ParityRecord(
         verified=verified,

@@ -562,12 +562,22 @@ def test_long_values_are_cut_in_messages() -> None:
 # ---------------------------------------------------------------------------------------------------------------- whatever is given
 
 json_value = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8) | st.sampled_from(["false", "Task", "Net", "Pad", "0", "-1"]),
-    lambda inside: st.lists(inside, max_size=4) | st.dictionaries(st.text(max_size=6) | st.sampled_from(["type", "models", "tasks", "pipeline", "input", "img"]), inside, max_size=4),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=8)
+    | st.sampled_from(["false", "Task", "Net", "Pad", "0", "-1"]),
+    lambda inside: (
+        st.lists(inside, max_size=4)
+        | st.dictionaries(st.text(max_size=6) | st.sampled_from(["type", "models", "tasks", "pipeline", "input", "img"]), inside, max_size=4)
+    ),
     max_leaves=12,
 )
 json_object = st.dictionaries(
-    st.text(max_size=6) | st.sampled_from(["version", "models", "task", "pipeline", "tasks", "type", "input", "output", "schema_version", "files"]), json_value, max_size=6
+    st.text(max_size=6) | st.sampled_from(["version", "models", "task", "pipeline", "tasks", "type", "input", "output", "schema_version", "files"]),
+    json_value,
+    max_size=6,
 )
 READERS: dict[str, Callable[[bytes], dict[str, Any]]] = {
     "deploy": lambda data: write_deploy(read_deploy(decode_json(data, where="f"))),

@@ -113,6 +113,8 @@ def random_weights(table: ShapeTable, *, seed: int) -> dict[str, torch.Tensor]:
             weights[key] += 2.0
         if "conv2.pointwise_conv.bn.weight" in key:
             weights[key] *= 0.3
+        if key in {"head.cls_x.weight", "head.cls_y.weight"}:
+            weights[key] *= 0.0003  # the squared attention kernel of random weights is large
     for key in list(weights):  # the levels of a head that is not separable share their convolutions
         if key.startswith(("bbox_head.cls_convs.", "bbox_head.reg_convs.")) and key.endswith(".conv.weight") and "wise" not in key:
             stack, _, rest = key.removeprefix("bbox_head.").split(".", 2)
