@@ -90,8 +90,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         if sum(math.prod(tensor.size) for tensor in described.values()) > _MAX_UNFOLDING * size:
             raise DamagedPickleError("tensors that share their elements to many times the size of the file")
         tensors = {key: materialize(value) for key, value in described.items()}
-        meta = _plain(content.get("meta")) if isinstance(content, dict) else None
-        return _finished(path, digest, tensors, meta if isinstance(meta, dict) else {}, skipped=skipped, state_key=state_key)
+        found = _plain(content.get("meta")) if isinstance(content, dict) else None
+        return _finished(path, digest, tensors, found if isinstance(found, dict) else {}, skipped=skipped, state_key=state_key)
 
 
 def _finished(path: Path, digest: str, tensors: dict[str, torch.Tensor], meta: dict[str, Any], *, skipped: tuple[str, ...], state_key: str) -> Checkpoint:
@@ -113,7 +113,7 @@ def _finished(path: Path, digest: str, tensors: dict[str, torch.Tensor], meta: d
     return Checkpoint(path=path, sha256=digest, state_dict=state, meta=meta, skipped=skipped, state_key=state_key)
 
 
-def _find_state_dict(content: object, *, path: Path) -> tuple[str, Mapping[str, object]]:
+def _find_state_dict(content: object, *, path: Path) -> tuple[str, Mapping[object, object]]:
     """The weights and the key that they stood under. MMEngine keeps the averaged weights under `state_dict`, the raw ones under `ema_state_dict`."""
     if isinstance(content, Mapping):
         for key in _STATE_KEYS:

@@ -6,6 +6,8 @@ up to Normalize work on uint8 pixels; Normalize is a table look-up per channel, 
 
 from __future__ import annotations
 
+import functools
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -28,6 +30,7 @@ from modelcrate_bundle.schema import (
     TopDownGetBboxCenterScale,
     Transform,
 )
+from modelcrate_runtime.cores import usable_cores
 from modelcrate_runtime.geometry import Crop, Geometry, Image, as_boxes, crop_exact, crop_sdk
 
 if TYPE_CHECKING:
@@ -207,15 +210,19 @@ class Preprocessor:
         array = as_boxes(boxes, image_hw=(height, width))
         size_wh = affine.image_size
         tensor = np.empty((len(array), self._channels, size_wh[1], size_wh[0]), dtype=np.float32)
-        crops = []
-        for planes, box in zip(tensor, array, strict=True):
+        padding = self._box_step.padding
+
+        def one(index: int) -> Crop:
             if self._geometry == "sdk":
-                patch, crop = crop_sdk(pixels, None if boxes is None else box, size_wh=size_wh, padding=self._box_step.padding)
+                patch, crop = crop_sdk(pixels, None if boxes is None else array[index], size_wh=size_wh, padding=padding)
             else:
-                patch, crop = crop_exact(pixels, box, size_wh=size_wh, padding=self._box_step.padding, use_udp=bool(affine.use_udp))
-            self._fill(patch, planes)
-            crops.append(crop)
-        return tensor, crops
+                patch, crop = crop_exact(pixels, array[index], size_wh=size_wh, padding=padding, use_udp=bool(affine.use_udp))
+            self._fill(patch, tensor[index])
+            return crop
+
+        # OpenCV works on one crop with one thread; several crops keep several cores busy.
+        several = len(array) > 1
+        return tensor, list(_workers().map(one, range(len(array)))) if several else [one(i) for i in range(len(array))]
 
     def _fill(self, pixels: Image, planes: NDArray[np.float32]) -> None:
         """Normalize (h, w, C) uint8 pixels into (C, h, w) float32 planes of a batch."""
@@ -232,6 +239,12 @@ class Preprocessor:
         if isinstance(transform, CenterCrop):
             return _center_crop(pixels, transform)
         raise UnsupportedBundleError(f"{self._where}: {transform.type} needs a box; this task gives whole images")
+
+
+@functools.cache
+def _workers() -> ThreadPoolExecutor:
+    """Threads for the crops of all estimators in the process; they wait without cost."""
+    return ThreadPoolExecutor(max_workers=usable_cores(), thread_name_prefix="modelcrate-crop")
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
@@ -282,12 +295,10 @@ def _letter_resize(pixels: Image, transform: LetterResize, meta: ImageMeta) -> I
         ratio_h, ratio_w = target_h / height, target_w / width
     pixels = cv2.resize(pixels, (new_w, new_h), interpolation=cv2.INTER_LINEAR).reshape(new_h, new_w, -1)  # type: ignore[assignment]
     top, left = pad_h // 2, pad_w // 2
-    value = transform.pad_val
-    fill = float(value.get("img", 0)) if isinstance(value, dict) else float(value)
     meta.scale_xyxy = tuple(old * new for old, new in zip(meta.scale_xyxy, (ratio_w, ratio_h, ratio_w, ratio_h), strict=True))  # type: ignore[assignment]
     meta.pad_left_top = (float(left), float(top))
     meta.resized_hw = (new_h + pad_h, new_w + pad_w)
-    return _bordered(pixels, top, pad_h - top, left, pad_w - left, mode="constant", fill=fill)
+    return _bordered(pixels, top, pad_h - top, left, pad_w - left, mode="constant", fill=transform.fill)
 
 
 def _pad(pixels: Image, transform: Pad, meta: ImageMeta) -> Image:

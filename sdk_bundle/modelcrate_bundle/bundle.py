@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import io
+import lzma
 import os
 import shutil
 import stat
+import struct
 import tempfile
 import uuid
+import weakref
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -40,6 +45,9 @@ MAX_JSON_BYTES: Final = 16 * 2**20
 """Larger JSON files are refused before they are read: the largest real one is a few hundred kilobytes."""
 MAX_ARTEFACT_BYTES: Final = 16 * 2**30
 _CHUNK_BYTES: Final = 2**20
+_ZIP_DAMAGE: Final = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, RuntimeError, EOFError, ValueError, struct.error, OSError)
+_LIVE: Final[set[str]] = set()
+"""Temporary folders of this process's writers: another one with this process's number was left by a dead one that had it."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -77,7 +85,10 @@ class Bundle:
             UnsupportedBundleError: a manifest of another major version.
         """
         root = Path(path)
-        source = _open_source(root)
+        try:
+            source = _open_source(root)
+        except OSError as error:
+            raise BundleError(f"{str(root)[:200]}: expected a bundle's folder, found nothing there: {error.strerror}") from error
         deploy = read_deploy(decode_json(source.read_json("deploy.json"), where=f"{root}/deploy.json"), where=f"{root}/deploy.json")
         pipeline = read_pipeline(decode_json(source.read_json("pipeline.json"), where=f"{root}/pipeline.json"), where=f"{root}/pipeline.json")
         detail = None
@@ -94,7 +105,7 @@ class Bundle:
         for i, model in enumerate(deploy.models):
             for key, name in (("net", model.net), ("weights", model.weights)):
                 if name or key == "net":
-                    source.check(name, where=f"{root}/deploy.json: $.models[{i}].{key}")
+                    source.check(name or "", where=f"{root}/deploy.json: $.models[{i}].{key}")
         return bundle
 
     @classmethod
@@ -178,16 +189,17 @@ class _Source:
         self.path_of(name, where=where)
 
     def path_of(self, name: str, *, where: str) -> Path:
-        path = self._root / _inner_path(name, where=where)
-        folder = self._root
-        for part in path.relative_to(self._root).parts:
-            folder = folder / part
-            if folder.is_symlink():
-                raise BundleIntegrityError(f"{where}: {name}: expected a file of the bundle, found a link", hint="copy the real files into the bundle")
+        inner = _inner_path(name, where=where)
+        path = folder = self._root
         try:
+            for part in inner.parts:
+                folder = folder / part
+                if folder.is_symlink():
+                    raise BundleIntegrityError(f"{where}: {name}: expected a file of the bundle, found a link", hint="copy the real files into the bundle")
+            path = self._root / inner
             status = path.stat()
         except OSError as error:
-            raise BundleIntegrityError(f"{where}: expected the file {name!r} in the bundle, found none", hint="copy the whole bundle folder") from error
+            raise BundleIntegrityError(f"{where}: expected the file {name[:200]!r} in the bundle, found none", hint="copy the whole bundle folder") from error
         if not stat.S_ISREG(status.st_mode):
             raise BundleIntegrityError(f"{where}: {name}: expected a regular file, found something else")
         return path
@@ -200,10 +212,10 @@ class _ZipSource(_Source):
         super().__init__(root)
         try:
             self._zip = zipfile.ZipFile(io.BytesIO(root.read_bytes()) if root.stat().st_size <= _CHUNK_BYTES else root)
-        except (zipfile.BadZipFile, OSError) as error:
+        except _ZIP_DAMAGE as error:
             raise BundleError(f"{root}: expected a bundle's folder or a zip of it, found a file that is neither: {error}") from error
         self._members = {PurePosixPath(info.filename).name: info for info in self._zip.infolist() if not info.is_dir()}
-        self._unpacked: tempfile.TemporaryDirectory[str] | None = None
+        self._unpacked: Path | None = None
 
     def has(self, name: str) -> bool:
         return name in self._members
@@ -218,14 +230,22 @@ class _ZipSource(_Source):
 
     def path_of(self, name: str, *, where: str) -> Path:
         info = self._member(_inner_path(name, where=where).name, where=where)
-        if self._unpacked is None:
-            self._unpacked = tempfile.TemporaryDirectory(prefix="modelcrate-")
-        target = Path(self._unpacked.name) / PurePosixPath(info.filename).name
-        if not target.exists():
-            if info.file_size > MAX_ARTEFACT_BYTES:
-                raise BundleIntegrityError(f"{where}: {name}: expected at most {MAX_ARTEFACT_BYTES} bytes, found {info.file_size}")
-            with _readable(self._zip, info, where=where) as packed, target.open("wb") as out:
-                shutil.copyfileobj(packed, out, _CHUNK_BYTES)
+        if info.file_size > MAX_ARTEFACT_BYTES:
+            raise BundleIntegrityError(f"{where}: {name}: expected at most {MAX_ARTEFACT_BYTES} bytes, found {info.file_size}")
+        try:
+            if self._unpacked is None:
+                self._unpacked = Path(tempfile.mkdtemp(prefix="modelcrate-"))
+                weakref.finalize(self, shutil.rmtree, self._unpacked, ignore_errors=True)
+            target = self._unpacked / _inner_path(name, where=where).name
+            if not target.exists():
+                partial = self._unpacked / f".{len(self._members)}.partial"  # whole or not at all: a damaged member leaves no file to find
+                with _readable(self._zip, info, where=where) as packed, partial.open("wb") as out:
+                    shutil.copyfileobj(packed, out, _CHUNK_BYTES)
+                partial.rename(target)
+        except OSError as error:
+            raise BundleError(
+                f"{where}: {name[:200]}: expected to unpack it to a temporary folder, found: {error.strerror or error}", hint="unzip the bundle yourself"
+            ) from error
         return target
 
     def _read(self, info: zipfile.ZipInfo) -> bytes:
@@ -247,7 +267,7 @@ def _readable(archive: zipfile.ZipFile, info: zipfile.ZipInfo, *, where: str) ->
     try:
         with archive.open(info) as packed:
             yield packed  # type: ignore[misc]  # typeshed calls it IO[bytes]
-    except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError, ValueError) as error:
+    except _ZIP_DAMAGE as error:
         raise BundleIntegrityError(f"{where}: {info.filename}: the zip is damaged or encrypted: {error}", hint="copy the bundle again") from error
 
 
@@ -306,13 +326,14 @@ class BundleWriter:
         with _writing(self.place):
             self.place.parent.mkdir(parents=True, exist_ok=True)
             _remove_leftovers(self.place)
-            if self.place.is_symlink() or (self.place.exists() and not (self.place / "deploy.json").is_file()):
-                raise OutputError(f"{self.place}: expected a bundle or nothing, found something else there", hint="choose another output folder with -o")
+            _check_replaceable(self.place)
             self.workdir.mkdir()
+            _LIVE.add(self.workdir.name)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         shutil.rmtree(self.workdir, ignore_errors=True)
+        _LIVE.discard(self.workdir.name)
 
     def add(self, name: str, *, role: str, content: bytes | Path | None = None) -> Path:
         """Put a file into the bundle.
@@ -327,10 +348,13 @@ class BundleWriter:
         """
         target = self.workdir / _inner_path(name, where=str(self.place))
         with _writing(self.place):
+            target.parent.mkdir(parents=True, exist_ok=True)
             if isinstance(content, Path):
                 shutil.copyfile(content, target)
             elif content is not None:
                 target.write_bytes(content)
+            elif not target.is_file():
+                raise OutputError(f"{self.place}: expected {name} in the temporary folder, found none: nothing was written")
         self._roles[name] = role
         return target
 
@@ -359,8 +383,11 @@ class BundleWriter:
         manifest.files = self.file_entries()
         with _writing(self.place):
             (self.workdir / "manifest.json").write_bytes(write_manifest(manifest))
-            for path in self.workdir.iterdir():
+        Bundle.open(self.workdir).verify()  # what cannot be opened never takes the place of what can
+        with _writing(self.place):
+            for path in self.workdir.rglob("*"):
                 _flush_to_disk(path)
+            _check_replaceable(self.place)
             _move_into_place(self.workdir, self.place)
         return Bundle.open(self.place)
 
@@ -374,7 +401,7 @@ def _move_into_place(workdir: Path, place: Path) -> None:
     place.rename(aside)
     try:
         workdir.rename(place)
-    except OSError:
+    except BaseException:  # Ctrl-C included
         aside.rename(place)
         raise
     shutil.rmtree(aside, ignore_errors=True)
@@ -382,9 +409,9 @@ def _move_into_place(workdir: Path, place: Path) -> None:
 
 def _remove_leftovers(place: Path) -> None:
     """Remove what killed writers of this place left; an old bundle that had stepped aside for a new one that never came goes back."""
-    for path in place.parent.glob(f".{place.name}.*"):
+    for path in place.parent.glob(f".{glob.escape(place.name)}.*"):
         owner = path.name[len(place.name) + 2 :].partition("-")[0]
-        if path.suffix not in {".partial", ".replaced"} or not owner.isdigit() or _is_running(int(owner)):
+        if path.suffix not in {".partial", ".replaced"} or not owner.isdigit() or path.with_suffix(".partial").name in _LIVE or _is_running(int(owner)):
             continue
         if path.suffix == ".replaced" and not place.exists():
             path.rename(place)
@@ -392,9 +419,15 @@ def _remove_leftovers(place: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def _check_replaceable(place: Path) -> None:
+    if place.is_symlink() or (place.exists() and not (place / "deploy.json").is_file()):
+        raise OutputError(f"{place}: expected a bundle or nothing, found something else there", hint="choose another output folder with -o")
+
+
 def _is_running(pid: int) -> bool:
+    """Whether another process has this number."""
     if pid == os.getpid():
-        return True
+        return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -405,8 +438,9 @@ def _is_running(pid: int) -> bool:
 
 
 def _flush_to_disk(path: Path) -> None:
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
+    if path.is_file():
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
 
 
 @contextlib.contextmanager

@@ -11,14 +11,14 @@ from typing import Any, Final
 import msgspec
 
 from modelcrate_bundle.errors import BundleFormatError, UnsupportedBundleError
-from modelcrate_bundle.schema import JsonObject, Record, decode_json, encode_json, read_record, write_record
+from modelcrate_bundle.schema import Record, decode_json, encode_json, read_record, write_record
 from modelcrate_bundle.tensors import ShapeRange, TensorSpec
 
 SCHEMA_VERSION: Final = "1.0"
 """Another major version is refused; a newer minor one is read, its unknown keys kept."""
 
 
-class FileEntry(msgspec.Struct, kw_only=True, frozen=True):
+class FileEntry(Record, kw_only=True):
     """One file of the bundle. `path` is relative with forward slashes; `role`: net, weights, deploy, pipeline, detail, readme, picture."""
 
     path: str
@@ -27,7 +27,7 @@ class FileEntry(msgspec.Struct, kw_only=True, frozen=True):
     sha256: str
 
 
-class KeypointInfo(msgspec.Struct, kw_only=True, frozen=True):
+class KeypointInfo(Record, kw_only=True):
     """What the K keypoints are.
 
     Attributes:
@@ -47,7 +47,7 @@ class KeypointInfo(msgspec.Struct, kw_only=True, frozen=True):
     link_colors: list[tuple[int, int, int]] = msgspec.field(default_factory=list)
 
 
-class OutputParity(msgspec.Struct, kw_only=True, frozen=True):
+class OutputParity(Record, kw_only=True):
     """One output against PyTorch: `relative_linf` = max |ours - theirs| / max |theirs|; `gate` is its limit."""
 
     name: str
@@ -57,7 +57,7 @@ class OutputParity(msgspec.Struct, kw_only=True, frozen=True):
     passed: bool
 
 
-class PixelParity(msgspec.Struct, kw_only=True, frozen=True):
+class PixelParity(Record, kw_only=True):
     """One figure in the unit of the task.
 
     Attributes:
@@ -78,7 +78,7 @@ class PixelParity(msgspec.Struct, kw_only=True, frozen=True):
     passed: bool
 
 
-class ParityRecord(msgspec.Struct, kw_only=True, frozen=True):
+class ParityRecord(Record, kw_only=True):
     """The comparison with eager PyTorch that the bundle passed, or that it was not made."""
 
     verified: bool
@@ -93,7 +93,7 @@ class ParityRecord(msgspec.Struct, kw_only=True, frozen=True):
         return self.verified and all(p.passed for p in self.outputs) and all(p.passed for p in self.pixels)
 
 
-class Provenance(msgspec.Struct, kw_only=True, frozen=True):
+class Provenance(Record, kw_only=True):
     """Where the bundle comes from.
 
     Attributes:
@@ -111,14 +111,14 @@ class Provenance(msgspec.Struct, kw_only=True, frozen=True):
     build_key: str = ""
 
 
-class Stage(msgspec.Struct, kw_only=True, frozen=True):
+class Stage(Record, kw_only=True):
     """One stage of the build and the seconds that it took."""
 
     name: str
     seconds: float
 
 
-class Timing(msgspec.Struct, kw_only=True, frozen=True):
+class Timing(Record, kw_only=True):
     """What differs between two builds of the same thing."""
 
     created: str = ""
@@ -167,7 +167,7 @@ class Manifest(Record, kw_only=True):
 
 def write_manifest(manifest: Manifest) -> bytes:
     """The bytes of manifest.json, with `content_sha256` filled in."""
-    raw: JsonObject = msgspec.to_builtins(write_record(manifest))
+    raw = write_record(manifest)
     raw["content_sha256"] = manifest.facts_hash
     return encode_json(raw)
 

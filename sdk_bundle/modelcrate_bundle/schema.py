@@ -9,7 +9,9 @@ Optional fields that are None are left out when writing: MMDeploy's SDK crashes 
 
 from __future__ import annotations
 
+import math
 import re
+import typing
 from typing import Any, ClassVar, Literal, TypeAlias, TypeVar, cast
 
 import msgspec
@@ -31,6 +33,21 @@ R = TypeVar("R", bound=Record)
 
 
 # ---------------------------------------------------------------------------------------------------------------- transforms
+
+
+def _number(value: object, *, key: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise BundleFormatError(f"{key}: expected a number, found {_shown(value)}")
+    return float(value)
+
+
+def _fill_value(value: Any) -> float:
+    """The first channel of a number, an array or {"img": either}."""
+    if isinstance(value, dict):
+        value = value.get("img", 0)
+    if isinstance(value, (list, tuple)):
+        value = value[0] if value else 0
+    return _number(value, key="pad_val")
 
 
 class Transform(Record, kw_only=True):
@@ -70,6 +87,11 @@ class LetterResize(Transform, kw_only=True):
     stretch_only: bool = False
     allow_scale_up: bool = True
 
+    @property
+    def fill(self) -> float:
+        """The value in the padding, in image levels."""
+        return _fill_value(self.pad_val)
+
 
 class Pad(Transform, kw_only=True):
     """Pad right and bottom to `size` (width, height), a multiple of `size_divisor` or a square; `logical_or_val` pads around."""
@@ -87,12 +109,7 @@ class Pad(Transform, kw_only=True):
     @property
     def fill(self) -> float:
         """The value in the padding, in image levels: of all that may be given, the SDK uses the first channel's alone."""
-        value: Any = self.pad_val
-        if isinstance(value, dict):
-            value = value.get("img", 0)
-        if isinstance(value, (list, tuple)):
-            value = value[0] if value else 0
-        return float(value)
+        return _fill_value(self.pad_val)
 
 
 class Normalize(Transform, kw_only=True):
@@ -207,14 +224,14 @@ class RawHeadParams(Params, kw_only=True):
     @property
     def iou_threshold(self) -> float:
         """IoU above which the box with the lower score goes; the SDK's default is 0.45."""
-        return float(self.nms.get("iou_threshold", 0.45))
+        return _number(self.nms.get("iou_threshold", 0.45), key="nms.iou_threshold")
 
 
 class SimCCLabelDecodeParams(Params, kw_only=True):
     """SimCC heads. `input_size` is (width, height) of the network input in pixels."""
 
     flip_test: bool = False
-    codec: str = "SimCCLabel"
+    codec: str = msgspec.field(default="SimCCLabel", name="type")
     input_size: tuple[int, int] = (192, 256)
     sigma: list[float] | float | None = None
     simcc_split_ratio: float = 2.0
@@ -347,33 +364,41 @@ def read_record(cls: type[R], raw: object, *, where: str, at: str = "$") -> R:
     for field in msgspec.structs.fields(cls):
         if field.name == "extra":
             continue
-        if field.encode_name not in rest:
-            if field.required:
-                raise BundleFormatError(f"{where}: {at}: expected the key {field.encode_name!r}, found none")
-            continue
-        value = rest.pop(field.encode_name)
-        if isinstance(value, Record) or (isinstance(value, list) and value and isinstance(value[0], Record)):
-            values[field.name] = value  # a part that the caller has read already
-            continue
-        try:
-            values[field.name] = msgspec.convert(value, field.type, strict=False)
-        except msgspec.ValidationError as error:
-            raise _format_error(str(error), where=where, at=f"{at}.{field.encode_name}") from error
+        if field.encode_name in rest:
+            values[field.name] = _read_value(field.type, rest.pop(field.encode_name), where=where, at=f"{at}.{field.encode_name}")
+        elif field.required:
+            raise BundleFormatError(f"{where}: {at}: expected the key {field.encode_name!r}, found none")
     return cls(**values, extra=rest)
+
+
+def _read_value(kind: Any, value: Any, *, where: str, at: str) -> Any:
+    """A field's value; structs inside it, in lists and in objects too, are read by `read_record`, so that they keep their unknown keys."""
+    if isinstance(value, Record) or (isinstance(value, list) and value and isinstance(value[0], Record)):
+        return value  # a part that the caller has read already
+    arguments = typing.get_args(kind)
+    record = next((t for t in (kind, *arguments) if isinstance(t, type) and issubclass(t, Record)), None)
+    if record is None or value is None:
+        try:
+            return msgspec.convert(value, kind, strict=False)
+        except msgspec.ValidationError as error:
+            raise _format_error(str(error), where=where, at=at) from error
+    if typing.get_origin(kind) is list:
+        return [read_record(record, item, where=where, at=f"{at}[{i}]") for i, item in enumerate(_list(value, where=where, at=at))]
+    if typing.get_origin(kind) is dict:
+        return {key: read_record(record, item, where=where, at=f"{at}.{key}") for key, item in _object(value, where=where, at=at).items()}
+    return read_record(record, value, where=where, at=at)
 
 
 def read_deploy(raw: JsonObject, *, where: str = "deploy.json") -> DeployInfo:
     """deploy.json as MMDeploy 0.x to 1.3 and we write it."""
-    models = _list(raw.get("models"), where=where, at="$.models")
+    models = [
+        # MMDeploy's SDK wants a string here; files in the wild have null too.
+        model | {"weights": ""} if isinstance(model, dict) and model.get("weights", "") is None else model
+        for model in _list(raw.get("models"), where=where, at="$.models")
+    ]
     if not models:
         raise BundleFormatError(f"{where}: $.models: expected at least one network, found none")
-    read = []
-    for i, model in enumerate(models):
-        fields = dict(_object(model, where=where, at=f"$.models[{i}]"))
-        if fields.get("weights") is None:
-            fields.pop("weights", None)
-        read.append(read_record(DeployModel, fields, where=where, at=f"$.models[{i}]"))
-    return read_record(DeployInfo, raw | {"models": read}, where=where)
+    return read_record(DeployInfo, raw | {"models": models}, where=where)
 
 
 def read_pipeline(raw: JsonObject, *, where: str = "pipeline.json") -> Pipeline:
@@ -428,8 +453,7 @@ def _read_task(task: JsonObject, *, where: str, at: str) -> Record:
     if task.get("module") == "Net":
         return read_record(NetTask, fields, where=where, at=at)
     component = task.get("component")
-    params = _object(task.get("params", {}), where=where, at=f"{at}.params")
-    fields["params"] = _read_params(str(component), params, where=where, at=f"{at}.params")
+    fields["params"] = read_record(COMPONENTS.get(str(component), UnknownParams), task.get("params", {}), where=where, at=f"{at}.params")
     fields["module"] = task.get("module")
     return read_record(PostprocessTask, fields, where=where, at=at)
 
@@ -442,16 +466,6 @@ def _read_transform(entry: object, *, where: str, at: str) -> Transform:
     cls = TRANSFORMS.get(name)
     if cls is None:
         return UnknownTransform(name=name, extra=fields)
-    return read_record(cls, fields, where=where, at=at)
-
-
-def _read_params(component: str, params: JsonObject, *, where: str, at: str) -> Params:
-    cls = COMPONENTS.get(component, UnknownParams)
-    fields = dict(params)
-    if cls is SimCCLabelDecodeParams and "type" in fields:
-        fields["codec"] = fields.pop("type")
-    if cls is RawHeadParams and "anchor_generator" in fields:
-        fields["anchor_generator"] = read_record(AnchorGenerator, fields["anchor_generator"], where=where, at=f"{at}.anchor_generator")
     return read_record(cls, fields, where=where, at=at)
 
 
@@ -478,7 +492,10 @@ def _shown(value: object) -> str:
     """A value as a message shows it: short, and "nothing" for a missing key."""
     if value is None:
         return "nothing"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        return "an object" if isinstance(value, dict) else "an array"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -498,8 +515,21 @@ def _format_error(message: str, *, where: str, at: str) -> BundleFormatError:
 
 
 def encode_json(raw: JsonObject) -> bytes:
-    """JSON as MMDeploy indents it, keys in the given order, a newline at the end: the same object gives the same bytes."""
+    """JSON as MMDeploy indents it, keys in the given order, a newline at the end: the same object gives the same bytes.
+
+    Raises:
+        BundleFormatError: a number that JSON cannot say (NaN, infinity).
+    """
+    _check_finite(raw, at="$")
     return msgspec.json.format(msgspec.json.encode(raw), indent=4) + b"\n"
+
+
+def _check_finite(value: Any, *, at: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BundleFormatError(f"{at}: expected a finite number, found {value}: nothing was written")
+    if isinstance(value, (dict, list, tuple)):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_finite(item, at=f"{at}.{key}" if isinstance(value, dict) else f"{at}[{key}]")
 
 
 def write_record(record: Record) -> JsonObject:
@@ -507,9 +537,8 @@ def write_record(record: Record) -> JsonObject:
     raw: JsonObject = {}
     for field in msgspec.structs.fields(type(record)):
         value = getattr(record, field.name)
-        if field.name == "extra" or value is None:
-            continue
-        raw[field.encode_name] = write_record(value) if isinstance(value, Record) else _plain(value)
+        if field.name != "extra" and value is not None:
+            raw[field.encode_name] = _plain(value)
     return raw | record.extra
 
 
@@ -524,7 +553,7 @@ def write_pipeline(pipeline: Pipeline) -> JsonObject:
     steps: list[JsonObject] = [
         {"type": "Task", "module": "Transform"} | write_record(preprocess) | {"transforms": [_write_transform(t) for t in preprocess.transforms]},
         {"name": net.name, "type": "Task", "module": "Net"} | write_record(net),
-        {"type": "Task"} | write_record(postprocess) | {"params": _write_params(postprocess.params)},
+        {"type": "Task"} | write_record(postprocess),
     ]
     inner = {"input": pipeline.input, "output": pipeline.output, "tasks": steps} | pipeline.extra.get("inner", {})
     outer: JsonObject = pipeline.extra.get("outer", {})
@@ -542,18 +571,13 @@ def _write_transform(transform: Transform) -> JsonObject:
     return {"type": transform.type} | {key: value for key, value in write_record(transform).items() if key not in at_default}
 
 
-def _write_params(params: Params) -> JsonObject:
-    raw = write_record(params)
-    if isinstance(params, SimCCLabelDecodeParams):
-        ordered: JsonObject = {"type": raw.pop("codec")}
-        ordered.update(raw)
-        return ordered
-    return raw
-
-
 def _plain(value: Any) -> Any:
-    if isinstance(value, list):
-        return [write_record(v) if isinstance(v, Record) else v for v in value]
+    if isinstance(value, Record):
+        return write_record(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
     return value
 
 

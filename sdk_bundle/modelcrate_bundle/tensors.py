@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
-import msgspec
+from modelcrate_bundle.schema import Record
 
 Dim: TypeAlias = int | str
 """A fixed size, or the name of a dynamic one ("batch")."""
 
 
-class TensorSpec(msgspec.Struct, kw_only=True, frozen=True):
+class TensorSpec(Record, kw_only=True):
     """Name, element type and shape of one input or output.
 
     Attributes:
@@ -29,7 +29,7 @@ class TensorSpec(msgspec.Struct, kw_only=True, frozen=True):
         return bool(self.shape) and isinstance(self.shape[0], str)
 
 
-class ShapeRange(msgspec.Struct, kw_only=True, frozen=True):
+class ShapeRange(Record, kw_only=True):
     """The shapes that an input may have: axis by axis min <= opt <= max; `opt` is what the artefact was tuned for."""
 
     min: tuple[int, ...]

@@ -456,7 +456,7 @@ def test_artefact_whose_name_no_disk_takes_is_refused(place: Path) -> None:
 def test_zip_cut_anywhere_is_refused(place: Path) -> None:
     archive = zip_of(place)
     data = archive.read_bytes()
-    for length in range(0, len(data), 97):
+    for length in range(0, len(data), 199):
         archive.write_bytes(data[:length])
         with pytest.raises(BundleError):
             Bundle.open(archive)
@@ -467,7 +467,7 @@ def test_zip_with_any_byte_changed_opens_or_is_refused(place: Path) -> None:
     archive = zip_of(place)
     data = archive.read_bytes()
     other: dict[str, int] = {}
-    for offset in range(0, len(data), 2):
+    for offset in range(0, len(data), 4):
         archive.write_bytes(data[:offset] + bytes([data[offset] ^ 0xFF]) + data[offset + 1 :])
         try:
             Bundle.open(archive)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from modelcrate_bundle.errors import BundleIntegrityError, ConfigError, InputError, MissingBackendError, UnsupportedBundleError
 from modelcrate_bundle.tensors import Dim, TensorSpec
+from modelcrate_runtime.cores import usable_cores
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -63,7 +63,7 @@ class OnnxRuntimeSession:
                 f"onnxruntime {ort.__version__}: expected the provider {missing[0]}, found {', '.join(available)}",
                 hint="install the ONNX Runtime build that has it (for CUDA: pip install onnxruntime-gpu), or use the device cpu",
             )
-        self.threads = options.threads or _usable_cores()
+        self.threads = options.threads or usable_cores()
         settings = ort.SessionOptions()
         settings.intra_op_num_threads = self.threads
         settings.inter_op_num_threads = 1
@@ -104,13 +104,6 @@ class OnnxRuntimeSession:
 def open_session(files: Mapping[str, Path], options: SessionOptions) -> OnnxRuntimeSession:
     """The session of the ONNX file under the role `net`."""
     return OnnxRuntimeSession(files["net"], options)
-
-
-def _usable_cores() -> int:
-    """Cores that this process may use; ONNX Runtime's own default ignores affinity masks and container limits."""
-    if hasattr(os, "sched_getaffinity"):
-        return max(1, len(os.sched_getaffinity(0)))
-    return os.cpu_count() or 1
 
 
 def _spec(node: Any) -> TensorSpec:
