@@ -45,6 +45,7 @@ MAX_JSON_BYTES: Final = 16 * 2**20
 """Larger JSON files are refused before they are read: the largest real one is a few hundred kilobytes."""
 MAX_ARTEFACT_BYTES: Final = 16 * 2**30
 _CHUNK_BYTES: Final = 2**20
+_CONVERT_HINT: Final = "write one with: modelcrate convert CHECKPOINT -t onnxruntime -o crates/"
 _ZIP_DAMAGE: Final = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, RuntimeError, EOFError, ValueError, struct.error, OSError)
 _LIVE: Final[set[str]] = set()
 """Temporary folders of this process's writers: another one with this process's number was left by a dead one that had it."""
@@ -88,7 +89,7 @@ class Bundle:
         try:
             source = _open_source(root)
         except OSError as error:
-            raise BundleError(f"{str(root)[:200]}: expected a bundle's folder, found nothing there: {error.strerror}") from error
+            raise BundleError(f"{str(root)[:200]}: expected a bundle's folder, found nothing there: {error.strerror}", hint=_CONVERT_HINT) from error
         deploy = read_deploy(decode_json(source.read_json("deploy.json"), where=f"{root}/deploy.json"), where=f"{root}/deploy.json")
         pipeline = read_pipeline(decode_json(source.read_json("pipeline.json"), where=f"{root}/pipeline.json"), where=f"{root}/pipeline.json")
         detail = None
@@ -276,9 +277,7 @@ def _open_source(root: Path) -> _Source:
         return _Source(root)
     if root.is_file():
         return _ZipSource(root)
-    raise BundleError(
-        f"{root}: expected a bundle's folder, found nothing there", hint="write one with: modelcrate convert CHECKPOINT -t onnxruntime -o crates/"
-    )
+    raise BundleError(f"{root}: expected a bundle's folder, found nothing there", hint=_CONVERT_HINT)
 
 
 def _inner_path(name: str, *, where: str) -> PurePosixPath:

@@ -19,7 +19,7 @@ import sys, warnings
 warnings.simplefilter("error")
 
 class Hidden:
-    """The finders that there were; for the blocked names they find nothing, as where nothing is installed."""
+    # The finders that there were; for the blocked names they find nothing, as where nothing is installed.
     def __init__(self, names, finders):
         self.names, self.finders = set(names), finders
     def find_spec(self, name, path=None, target=None):
@@ -136,11 +136,11 @@ except MissingBackendError as error:
 
 def test_without_a_backend_the_command_line_says_so_in_one_line(detector_bundle: Path, tmp_path: Path) -> None:
     code = """
-import modelcrate_runtime.cli as cli
+from modelcrate_runtime.cli import app
 try:
-    cli.app(sys.argv[1:], standalone_mode=False)
-except BaseException as stop:
-    print(getattr(stop, "exit_code", repr(stop)))
+    app(sys.argv[1:])
+except SystemExit as stop:
+    print(stop.code)
 """
     (tmp_path / "a.png").write_bytes(b"x")
     assert run(code, "run", detector_bundle, tmp_path / "a.png", blocked=(*BUILD_ONLY, "onnxruntime")) == "5"

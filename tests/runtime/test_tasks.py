@@ -1,8 +1,11 @@
 """Detector and PoseDetector as a user calls them: MMDeploy's calls and returns, batches, threads, and bundles of every kind."""
 
+import gc
 import shutil
 import sys
+import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -376,6 +379,22 @@ def test_opened_bundle_and_zip_are_as_good_as_a_folder(opened_pose: Bundle, pose
     for source in (opened_pose, archive, str(archive)):
         with PoseDetector(source) as opened:
             np.testing.assert_array_equal(opened(image, box), pose(image, box))
+
+
+def test_closing_a_zipped_bundle_leaves_nothing_behind(pose_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither files in the temporary folder nor a ResourceWarning."""
+    archive = Path(shutil.make_archive(str(tmp_path / "pose"), "zip", pose_bundle))
+    unpacked = tmp_path / "unpacked"
+    unpacked.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(unpacked))
+    with PoseDetector(archive) as opened:
+        assert list(unpacked.iterdir())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        del opened
+        gc.collect()
+    assert list(unpacked.iterdir()) == []
+    assert [str(warning.message) for warning in caught] == []
 
 
 @pytest.mark.parametrize("with_size", [True, False], ids=["K in the graph", "K symbolic"])
