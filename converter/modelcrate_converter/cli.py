@@ -205,10 +205,14 @@ def _print_conversion(out: Console, conversion: Conversion) -> None:
             soft_wrap=True,
         )
         return
-    changed = [f"{name} {before} -> {after}" for name, before, after in conversion.op_changes if before != after]
     if conversion.op_changes:
-        same = sum(before == after for _, before, after in conversion.op_changes)
-        out.print(f"operators: {', '.join(changed) if changed else 'none changed'}; {same} kinds unchanged", markup=False, soft_wrap=True)
+        table = Table(title=f"{conversion.id}: operators", title_justify="left", show_footer=True)
+        table.add_column("operator", "all")
+        table.add_column("exported", str(sum(before for _, before, _ in conversion.op_changes)), justify="right")
+        table.add_column("simplified", str(sum(after for _, _, after in conversion.op_changes)), justify="right")
+        for name, before, after in conversion.op_changes:
+            table.add_row(name, str(before), str(after), style="bold" if before != after else "dim")
+        out.print(table)
     if conversion.parity is not None and conversion.parity.verified:
         table = Table(title=f"{conversion.id}: parity with PyTorch", title_justify="left")
         for heading in ("what", "figure", "gate", ""):

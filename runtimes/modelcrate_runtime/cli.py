@@ -182,12 +182,16 @@ def print_backends(rows: list[dict[str, Any]], *, as_json: bool) -> None:
     from rich.table import Table
 
     out, _ = consoles()
-    table = Table("backend", "version", "can build", "can run", "providers", "to install what is missing")
+    table = Table()
+    for heading in ("backend", "version", "can build", "can run", "providers"):
+        table.add_column(heading, overflow="fold")
     for row in rows:
-        table.add_row(
-            row["backend"], row["version"] or "not installed", _yes(row["can_build"]), _yes(row["can_run"]), row["details"], row["install"].replace("[", "\\[")
-        )
+        table.add_row(row["backend"], row["version"] or "not installed", _yes(row["can_build"]), _yes(row["can_run"]), row["details"])
     out.print(table)
+    for row in rows:
+        if row["install"]:
+            what = "run" if not row["can_run"] else "build for"
+            out.print(f"to {what} {row['backend']}: {row['install']}", markup=False, soft_wrap=True)
 
 
 def _yes(value: object) -> str:

@@ -1,0 +1,123 @@
+"""The commands of the documents do what the documents show."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from modelcrate_converter.models.blueprints import DETECTOR_SIZES, POSE_SIZES, random_weights, rtmdet_shapes, rtmpose_shapes
+from modelcrate_converter.scenes import procedural_scenes
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BIN = Path(sys.executable).parent
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def run(command: str, folder: Path) -> str:
+    """A command line of a document, in its folder; standard error before standard output, as a terminal without a pipe in it shows them."""
+    environment = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "COLUMNS": "100", "NO_COLOR": "1"}
+    done = subprocess.run(shlex.split(command), cwd=folder, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 0, f"{command}: exit {done.returncode}\n{done.stderr}"
+    return done.stderr + done.stdout
+
+
+def shape_of(line: str) -> str:
+    """A line without what differs between machines: numbers, hashes, and the width of a table."""
+    line = re.sub(r"\b[0-9a-f]{16}\b", "#", line)
+    line = re.sub(r"\d[\d.e+-]*", "#", line)
+    return re.sub(r"[\s━─]+", " ", line).strip()
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files that the README's commands name: random checkpoints, and procedural scenes for photos."""
+    folder = tmp_path_factory.mktemp("workplace")
+    widen, deepen = POSE_SIZES["t"]
+    pose = rtmpose_shapes(widen=widen, deepen=deepen, keypoints=17, input_hw=(256, 192))
+    torch.save({"state_dict": random_weights(pose, seed=0)}, folder / "rtmpose_t.pth")
+    widen, deepen = DETECTOR_SIZES["nano"]
+    detector = rtmdet_shapes(widen=widen, deepen=deepen, classes=1, separable=True)
+    torch.save({"state_dict": random_weights(detector, seed=0)}, folder / "rtmdet_nano.pth")
+    (folder / "photos").mkdir()
+    for name, image, _ in procedural_scenes(2):
+        cv2.imwrite(str(folder / "photos" / f"{name}.png"), image)
+    cv2.imwrite(str(folder / "photo.jpg"), procedural_scenes(1)[0][1])
+    shutil.copy(folder / "photo.jpg", folder / "image.jpg")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def converted(workplace: Path) -> Path:
+    """The workplace after the README's list of commands has run in it."""
+    commands = [line for block in blocks(README, "sh") for line in block.splitlines() if line.startswith("modelcrate ")]
+    assert len(commands) >= 4
+    for command in commands:
+        run(command, workplace)
+    return workplace
+
+
+def test_shown_session_is_what_happens(shared: Path, tmp_path: Path) -> None:
+    shutil.copy(shared / "fixtures/checkpoints/rtmdet_nano_person.pth", tmp_path)
+    shutil.copy(shared / "fixtures/images/000000000785.jpg", tmp_path)
+    (session,) = blocks(README, "console")
+    parts = re.split(r"^\$ (.*)\n", session, flags=re.MULTILINE)[1:]
+    assert len(parts) == 4
+    for command, shown in zip(parts[::2], parts[1::2], strict=True):
+        expected = {shape_of(line) for line in shown.splitlines() if line.strip()}
+        found = {shape_of(line) for line in run(command, tmp_path).splitlines()}
+        assert expected <= found, expected - found
+    assert "(279.91, 41.59, 499.7" in session
+    assert cv2.imread(str(tmp_path / "out.png")).shape == (425, 640, 3)
+
+
+def test_listed_commands_run(converted: Path) -> None:
+    for name in ("rtmdet-nano_onnxruntime", "rtmpose-t_onnxruntime"):
+        assert (converted / "crates" / name / "output_pytorch.jpg").is_file()
+        assert (converted / "crates" / name / "output_onnxruntime.jpg").is_file()
+    assert len(list((converted / "drawn").glob("*.png"))) == 2
+
+
+def test_ten_line_application_runs(converted: Path) -> None:
+    (program,) = blocks((ROOT / "runtimes/README.md").read_text(encoding="utf-8"), "python")
+    (converted / "application.py").write_text(program, encoding="utf-8")
+    run(f"{shlex.quote(sys.executable)} application.py", converted)
+
+
+@pytest.mark.parametrize("name", ["rtmdet-nano_onnxruntime", "rtmpose-t_onnxruntime"])
+def test_program_in_the_bundles_own_readme_runs(converted: Path, name: str) -> None:
+    program = blocks((converted / "crates" / name / "README.md").read_text(encoding="utf-8"), "python")[0]
+    shutil.copy(converted / "image.jpg", converted / "crates" / "image.jpg")
+    (converted / "crates/program.py").write_text(program, encoding="utf-8")
+    assert run(f"{shlex.quote(sys.executable)} program.py", converted / "crates").count("[") > 1
+
+
+def test_mentioned_paths_and_targets_exist() -> None:
+    for path in re.findall(r"\]\((?!http)([\w/.]+)\)", README):
+        assert (ROOT / path).exists(), path
+    for name in re.findall(r"^\| `(\w+)` \| fp32", README, flags=re.MULTILINE):
+        assert (ROOT / f"deploy_configs/{name}.toml").is_file()
+
+
+def test_demo_draws_what_it_says(tmp_path: Path) -> None:
+    if Path(sys.prefix).resolve() != (ROOT / ".venv").resolve():
+        pytest.skip("needs the environment that scripts/setup makes: the demo would install it now")
+    shown = run(f"{ROOT / 'scripts/demo'} {tmp_path / 'demo'}", ROOT)
+    assert "random weights" in shown
+    assert "FAIL" not in shown
+    drawn, scene = (cv2.imread(str(tmp_path / "demo" / name)) for name in ("pose.png", "scene.png"))
+    assert drawn.shape == scene.shape
+    assert np.any(drawn != scene)
