@@ -102,6 +102,7 @@ def run(
         boxes = [_parse_box(text) for text in box or []] or None
         out, errors = consoles()
         collected: list[dict[str, Any]] = []
+        targets = _picture_names(files)
         with Runner.open(bundles, geometry=geometry, device=device, device_id=device_id, threads=threads, det_thr=det_thr, det_label=det_label) as runner:
             for file in files:
                 image = read_image(file)
@@ -111,7 +112,7 @@ def run(
                 else:
                     _print_instances(out, file, instances, runner)
                 if save is not None:
-                    target = save if len(files) == 1 and save.suffix else save / f"{file.stem}.png"
+                    target = save if len(files) == 1 and save.suffix else save / targets[file]
                     write_image(target, runner.draw(image, instances, kpt_thr=kpt_thr))
                     errors.print(f"wrote {target}", style="dim", markup=False)
         if as_json:
@@ -215,6 +216,20 @@ def _split_inputs(inputs: list[str]) -> tuple[list[Bundle], list[Path]]:
     if not paths:
         raise InputError("expected at least one image after the bundles, found none", hint="modelcrate run crates/rtmdet-nano_onnxruntime image.jpg")
     return bundles, paths
+
+
+def _picture_names(files: list[Path]) -> dict[Path, str]:
+    """One picture for each image: the image's name, with a number where two would have the same."""
+    names: dict[Path, str] = {}
+    taken: set[str] = set()
+    for file in files:
+        name, number = f"{file.stem}.png", 1
+        while name in taken:
+            number += 1
+            name = f"{file.stem}-{number}.png"
+        taken.add(name)
+        names.setdefault(file, name)
+    return names
 
 
 def _parse_box(text: str) -> list[float]:

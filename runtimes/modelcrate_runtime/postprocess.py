@@ -87,7 +87,9 @@ class BoxDecoder:
         height, width = meta.image_hw
         offset = np.array(meta.pad_left_top * 2, dtype=np.float32)
         scale = np.array(meta.scale_xyxy, dtype=np.float32)
-        mapped = (boxes - offset) / scale - np.array(meta.border_xy * 2, dtype=np.float32)
+        border = np.array(meta.border_xy * 2, dtype=np.float32)
+        # The border is in network pixels; the SDK takes it off as if it were in image pixels.
+        mapped = (boxes - offset) / scale - border if self._geometry == "sdk" else (boxes - offset - border) / scale
         if self._geometry == "sdk":
             np.maximum(mapped[:, :2], 0, out=mapped[:, :2])
             mapped[:, 2] = np.minimum(mapped[:, 2], width - 1)

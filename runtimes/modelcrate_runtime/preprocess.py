@@ -60,7 +60,7 @@ class ImageMeta:
         resized_hw: size after resizing, before padding (LetterResize: after padding, as the SDK has it).
         scale_xyxy: (4,) network pixels per image pixel, for left, top, right, bottom.
         pad_left_top: network pixels of padding before the image.
-        border_xy: image pixels that are added after unscaling (`logical_or_val` padding).
+        border_xy: network pixels of `logical_or_val` padding before the image.
         crop: the map of a top-down crop, or None.
     """
 
@@ -131,6 +131,9 @@ class Preprocessor:
             self._place(transform, index=i, is_normalized=is_normalized)
             is_normalized |= isinstance(transform, Normalize)
         self.is_top_down = any(isinstance(t, TopDownAffine) for t in self._before)
+        if self.is_top_down and len(self._before) > 1:
+            others = ", ".join(t.type for t in self._before if not isinstance(t, TopDownAffine)) or "a second TopDownAffine"
+            raise UnsupportedBundleError(f"{where}: transforms: expected TopDownAffine alone before Normalize, found {others} beside it")
         if self.is_top_down and self._box_step is None:
             self._box_step = TopDownGetBboxCenterScale(image_size=next(t.image_size for t in self._before if isinstance(t, TopDownAffine)))
         channels = 3 if self._load.color_type.startswith("color") else 1
@@ -155,7 +158,11 @@ class Preprocessor:
         if isinstance(transform, LoadImageFromFile):
             self._load = transform
         elif isinstance(transform, Pad) and is_normalized:
+            if transform.padding_mode != "constant" or (transform.logical_or_val > 0 and _is_open(transform)):
+                raise UnsupportedBundleError(f"{at}: Pad after Normalize: expected a constant at the right and the bottom, found another kind")
             self._after.append(transform)
+        elif isinstance(transform, Normalize) and is_normalized:
+            raise UnsupportedBundleError(f"{at}: expected one Normalize, found a second")
         elif isinstance(transform, (Resize, LetterResize, Pad, CenterCrop, TopDownAffine)):
             if is_normalized:
                 raise UnsupportedBundleError(f"{at}: {transform.type} after Normalize is not supported")
@@ -304,7 +311,7 @@ def _letter_resize(pixels: Image, transform: LetterResize, meta: ImageMeta) -> I
 def _pad(pixels: Image, transform: Pad, meta: ImageMeta) -> Image:
     """Spec 2.3: to a square, to a size, to a multiple, or around."""
     height, width = pixels.shape[:2]
-    if transform.logical_or_val > 0 and not (transform.pad_to_square or transform.size or (transform.size_divisor or 1) != 1):
+    if transform.logical_or_val > 0 and _is_open(transform):
         target_h = (height | transform.logical_or_val) + transform.add_pix_val
         target_w = (width | transform.logical_or_val) + transform.add_pix_val
         top, left = target_h // 2 - height // 2, target_w // 2 - width // 2
@@ -312,6 +319,11 @@ def _pad(pixels: Image, transform: Pad, meta: ImageMeta) -> Image:
         return _bordered(pixels, top, target_h - height - top, left, target_w - width - left, mode=transform.padding_mode, fill=transform.fill)
     bottom, right = _missing(transform, height, width)
     return _bordered(pixels, 0, bottom, 0, right, mode=transform.padding_mode, fill=transform.fill)
+
+
+def _is_open(transform: Pad) -> bool:
+    """Whether none of the options that come before `logical_or_val` is set."""
+    return not (transform.pad_to_square or transform.size or (transform.size_divisor or 1) != 1)
 
 
 def _missing(transform: Pad, height: int, width: int) -> tuple[int, int]:

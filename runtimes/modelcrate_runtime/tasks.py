@@ -104,7 +104,11 @@ class _Task:
             return first
         manifest = self.bundle.manifest
         limits = manifest.shape_ranges.get(self._input.name) if manifest else None
-        return limits.max[0] if limits else DEFAULT_MAX_BATCH
+        return limits.max[0] if limits else self._foreign_max_batch()
+
+    def _foreign_max_batch(self) -> int:
+        """The same for bundles that say nothing of it."""
+        return DEFAULT_MAX_BATCH
 
     def _infer(self, tensor: Tensor) -> dict[str, NDArray[np.generic]]:
         """Run (N, C, h, w) in as few calls as the artefact allows; a fixed batch is filled up and its surplus rows dropped."""
@@ -148,6 +152,10 @@ class Detector(_Task):
         _check_task(self.bundle, module="mmdet", expected="Detector")
         self._decoder = BoxDecoder(self.bundle.pipeline, geometry=self.geometry, where=str(self.bundle.root))
 
+    def _foreign_max_batch(self) -> int:
+        """MMDeploy's detection graphs have a dynamic batch axis and fail when it is used; their `batch_size` of 1 is to be believed."""
+        return max(1, self.bundle.model.batch_size)
+
     @property
     def class_names(self) -> list[str]:
         """Label -> name; empty for bundles without a manifest."""
@@ -186,12 +194,15 @@ class Detector(_Task):
         for i, (tensor, _) in enumerate(prepared):
             by_shape.setdefault(tensor.shape, []).append(i)
         results: list[Detections | None] = [None] * len(prepared)
-        for shape, indices in by_shape.items():
-            tensors = [prepared[i][0] for i in indices]
-            metas: list[ImageMeta] = [prepared[i][1] for i in indices]
-            outputs = self._infer(tensors[0] if len(tensors) == 1 else np.concatenate(tensors))
-            for i, detections in zip(indices, self._decoder.decode(outputs, metas, input_hw=(shape[2], shape[3])), strict=True):
-                results[i] = detections
+        for shape, of_shape in by_shape.items():
+            # Call by call: a graph with NMS may give another number of rows each time, which could not be joined.
+            for start in range(0, len(of_shape), self.max_batch):
+                indices = of_shape[start : start + self.max_batch]
+                tensors = [prepared[i][0] for i in indices]
+                metas: list[ImageMeta] = [prepared[i][1] for i in indices]
+                outputs = self._infer(tensors[0] if len(tensors) == 1 else np.concatenate(tensors))
+                for i, detections in zip(indices, self._decoder.decode(outputs, metas, input_hw=(shape[2], shape[3])), strict=True):
+                    results[i] = detections
         return [detections for detections in results if detections is not None]
 
 

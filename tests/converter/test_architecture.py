@@ -59,7 +59,9 @@ def detector_weights(**changes: Any) -> dict[str, torch.Tensor]:
 def read(tmp_path: Path) -> Callable[..., ExportableModel]:
     """Weights and metadata, saved and read back: the way every checkpoint takes."""
 
-    def through_a_file(weights: Mapping[str, torch.Tensor], *, cfg: str | None = None, dataset_meta: Mapping[str, Any] | None = None, **options: Any) -> ExportableModel:
+    def through_a_file(
+        weights: Mapping[str, torch.Tensor], *, cfg: str | None = None, dataset_meta: Mapping[str, Any] | None = None, **options: Any
+    ) -> ExportableModel:
         meta: dict[str, Any] = ({"cfg": cfg} if cfg is not None else {}) | ({"dataset_meta": dataset_meta} if dataset_meta is not None else {})
         path = tmp_path / "model.pth"
         torch.save({"state_dict": dict(weights), "meta": meta}, path)
@@ -157,7 +159,9 @@ def test_defaults_are_those_of_the_published_detector_configs_and_are_stated(rea
     assert model.input_hw == (320, 320)
     assert all(source.startswith("default: ") for source in model.facts.values()), model.facts
     assert read(detector_weights(separable=False)).input_hw == (640, 640)
-    assert read(detector_weights(classes=80)).postprocess == DetectorFacts(pad_value=114, score_thr=0.001, iou_threshold=0.65, max_per_img=300, nms_pre=30000, min_bbox_size=0)
+    assert read(detector_weights(classes=80)).postprocess == DetectorFacts(
+        pad_value=114, score_thr=0.001, iou_threshold=0.65, max_per_img=300, nms_pre=30000, min_bbox_size=0
+    )
 
 
 def test_the_embedded_config_of_a_pose_model_is_believed(read: Read) -> None:
@@ -196,7 +200,10 @@ def test_bases_that_are_not_there_are_recorded(read: Read, tmp_path: Path) -> No
 
 
 def test_a_list_of_transforms_gives_its_last_pipeline(read: Read) -> None:
-    model = read(pose_weights(), cfg=POSE_CFG.replace("test_dataloader = dict(dataset=dict(pipeline=val_pipeline))", "test_dataloader = [dict(dataset=dict(pipeline=val_pipeline))]"))
+    model = read(
+        pose_weights(),
+        cfg=POSE_CFG.replace("test_dataloader = dict(dataset=dict(pipeline=val_pipeline))", "test_dataloader = [dict(dataset=dict(pipeline=val_pipeline))]"),
+    )
     assert isinstance(model.postprocess, PoseFacts)
     assert model.postprocess.use_udp is True
 
@@ -280,7 +287,10 @@ def test_dark_decoding_is_refused(read: Read) -> None:
 
 
 def test_the_checkpoints_own_mean_is_a_source(read: Read) -> None:
-    buffers = {"data_preprocessor.mean": torch.tensor([1.5, 2.5, 3.5]).reshape(3, 1, 1), "data_preprocessor.std": torch.tensor([4.5, 5.5, 6.5]).reshape(3, 1, 1)}
+    buffers = {
+        "data_preprocessor.mean": torch.tensor([1.5, 2.5, 3.5]).reshape(3, 1, 1),
+        "data_preprocessor.std": torch.tensor([4.5, 5.5, 6.5]).reshape(3, 1, 1),
+    }
     model = read(pose_weights() | buffers)
     assert model.normalization.mean == (1.5, 2.5, 3.5)
     assert model.facts["mean"] == "the checkpoint's data_preprocessor"
@@ -290,7 +300,10 @@ def test_the_checkpoints_own_mean_is_a_source(read: Read) -> None:
 
 def test_a_mean_that_differs_in_the_last_float_digit_is_the_same_mean(read: Read) -> None:
     """Configs write ImageNet's numbers as products, and a tensor holds them in float32: neither is a disagreement."""
-    buffers = {"data_preprocessor.mean": torch.tensor([123.675, 116.28, 103.53]).reshape(3, 1, 1), "data_preprocessor.std": torch.tensor([58.395, 57.12, 57.375]).reshape(3, 1, 1)}
+    buffers = {
+        "data_preprocessor.mean": torch.tensor([123.675, 116.28, 103.53]).reshape(3, 1, 1),
+        "data_preprocessor.std": torch.tensor([58.395, 57.12, 57.375]).reshape(3, 1, 1),
+    }
     cfg = POSE_CFG.replace("[1.5, 2.5, 3.5]", "[0.485 * 255, 0.456 * 255, 0.406 * 255]").replace("[4.5, 5.5, 6.5]", "[0.229 * 255, 0.224 * 255, 0.225 * 255]")
     assert read(pose_weights() | buffers, cfg=cfg).normalization.std == pytest.approx((58.395, 57.12, 57.375), abs=1e-3)
 
@@ -436,7 +449,12 @@ def one_line(error: ModelcrateError) -> str:
 
 
 def test_another_network_is_refused_with_what_was_found(read: Read) -> None:
-    resnet = {"conv1.weight": torch.ones(8, 3, 7, 7), "layer1.0.conv1.weight": torch.ones(8, 8, 3, 3), "fc.weight": torch.ones(10, 8), "fc.bias": torch.ones(10)}
+    resnet = {
+        "conv1.weight": torch.ones(8, 3, 7, 7),
+        "layer1.0.conv1.weight": torch.ones(8, 8, 3, 3),
+        "fc.weight": torch.ones(10, 8),
+        "fc.bias": torch.ones(10),
+    }
     with pytest.raises(ArchitectureError, match="expected RTMPose .* or RTMDet .*, found tensors under .*layer1.0") as caught:
         read(resnet)
     one_line(caught.value)
@@ -478,7 +496,17 @@ def test_a_detector_checkpoint_that_lacks_a_tensor_is_refused(read: Read, key: s
 
 
 @pytest.mark.parametrize(
-    "prefix", ["bbox_head.rtm_cls.2.", "bbox_head.rtm_reg.1.", "bbox_head.cls_convs.2.", "neck.out_convs.2.", "neck.reduce_layers.1.", "neck.downsamples.1.", "backbone.stage4.1.", "backbone.stage3.1.attention."]
+    "prefix",
+    [
+        "bbox_head.rtm_cls.2.",
+        "bbox_head.rtm_reg.1.",
+        "bbox_head.cls_convs.2.",
+        "neck.out_convs.2.",
+        "neck.reduce_layers.1.",
+        "neck.downsamples.1.",
+        "backbone.stage4.1.",
+        "backbone.stage3.1.attention.",
+    ],
 )
 def test_a_detector_checkpoint_that_lacks_a_whole_part_is_refused(read: Read, prefix: str) -> None:
     weights = {key: value for key, value in detector_weights().items() if not key.startswith(prefix)}

@@ -68,7 +68,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ExportableMode
     pipeline = "test_pipeline = [dict(type='Resize', scale=(128, 96), keep_ratio=True)]\n"
     return {
         "pose": saved_model(tmp_path_factory.mktemp("pose"), random_weights(pose, seed=1)),
-        "shared": saved_model(tmp_path_factory.mktemp("shared"), random_weights(shared, seed=2), cfg=pipeline + "model = dict(bbox_head=dict(exp_on_reg=True))"),
+        "shared": saved_model(
+            tmp_path_factory.mktemp("shared"), random_weights(shared, seed=2), cfg=pipeline + "model = dict(bbox_head=dict(exp_on_reg=True))"
+        ),
         "separable": saved_model(tmp_path_factory.mktemp("separable"), random_weights(separable, seed=3), cfg=pipeline),
     }
 
@@ -147,7 +149,9 @@ def test_two_exports_are_the_same_bytes(name: str, models: dict[str, ExportableM
     assert again.path.read_bytes() == graphs[name].path.read_bytes()
 
 
-def test_the_graph_carries_its_checkpoint_and_no_path_of_this_machine(models: dict[str, ExportableModel], graphs: dict[str, OnnxModel], dynamo_graph: OnnxModel) -> None:
+def test_the_graph_carries_its_checkpoint_and_no_path_of_this_machine(
+    models: dict[str, ExportableModel], graphs: dict[str, OnnxModel], dynamo_graph: OnnxModel
+) -> None:
     for graph in (graphs["pose"], dynamo_graph):
         proto = onnx.load(graph.path)
         assert {entry.key: entry.value for entry in proto.metadata_props} == {"checkpoint": models["pose"].checkpoint[1], "model": models["pose"].name}
@@ -289,7 +293,9 @@ class Bench:
         self.folder, self.classes, self.input_hw = folder, classes, input_hw
         height, width = input_hw
         self.maps = {
-            f"{kind}_{i}": (channels, height // stride, width // stride) for kind, channels in (("cls", classes), ("dist", 4)) for i, stride in enumerate((8, 16, 32))
+            f"{kind}_{i}": (channels, height // stride, width // stride)
+            for kind, channels in (("cls", classes), ("dist", 4))
+            for i, stride in enumerate((8, 16, 32))
         }
         outputs = [TensorSpec(name=name, dtype="float32", shape=("batch", *shape)) for name, shape in self.maps.items()]
         inputs = [TensorSpec(name="input", dtype="float32", shape=("batch", 3, height, width))]

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from oracle_weights import MORE, oracle_input, oracle_outputs, oracle_shapes, oracle_weights
 
 from modelcrate_bundle.errors import ArchitectureError
 from modelcrate_converter.architecture import ExportableModel, read_architecture
@@ -16,6 +15,7 @@ from modelcrate_converter.models.blueprints import DETECTOR_SIZES, POSE_SIZES, r
 from modelcrate_converter.models.layers import Shapes
 from modelcrate_converter.models.rtmdet import RTMDet
 from modelcrate_converter.models.rtmpose import RTMPose
+from oracle_weights import MORE, oracle_input, oracle_outputs, oracle_shapes, oracle_weights
 
 POSE = {  # name -> size, keypoints, (height, width)
     "rtmpose-t_coco-256x192": ("t", 17, (256, 192)),
@@ -31,7 +31,6 @@ MORE_POSE = {
     "rtmpose-m_hand-256x256": ("m", 21, (256, 256)),
     "rtmpose-m_lapa-256x256": ("m", 106, (256, 256)),
     "rtmpose-m_wholebody-256x192": ("m", 133, (256, 192)),
-    "rtmpose-l_wholebody-256x192": ("l", 133, (256, 192)),
     "rtmpose-l_wholebody-384x288": ("l", 133, (384, 288)),
 }
 DETECTORS = {  # name -> size, side

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,11 @@ from modelcrate_runtime.results import Detections, Poses
 CFG = "test_pipeline = [dict(type='Resize', scale=(128, 96), keep_ratio=True)]\nmodel = dict(bbox_head=dict(exp_on_reg=True))"
 
 
+@functools.cache
+def drawn_once() -> list[ParityImage]:
+    return procedural_images()
+
+
 @dataclasses.dataclass(frozen=True)
 class Built:
     """A model, its canonical graph and an artefact; and the comparison, of the artefact or of a changed copy."""
@@ -36,7 +42,7 @@ class Built:
     folder: Path
 
     def check(self, *, gates: Gates | None = None, images: list[ParityImage] | None = None) -> ParityRecord:
-        return check_parity(self.model, self.artifact, self.canonical, images or procedural_images(), gates or Gates())
+        return check_parity(self.model, self.artifact, self.canonical, images or drawn_once(), gates or Gates())
 
     def changed(self, change: Callable[[onnx.ModelProto], None], *, canonical: bool = False) -> Built:
         """With a copy of the artefact's file, or of the canonical graph's, that `change` was applied to."""
@@ -202,7 +208,9 @@ def test_a_suppressing_artefact_is_compared_itself_and_not_only_the_graph_behind
 @pytest.mark.parametrize(("threshold", "changed"), [(0.6, 0.4), (0.6, 0.8), (0.05, 0.12)])
 def test_another_threshold_in_the_graph_is_a_flip(nms_detector: Built, threshold: float, changed: float) -> None:
     def change(proto: onnx.ModelProto) -> None:
-        (found,) = [tensor for tensor in proto.graph.initializer if tuple(tensor.dims) == (1,) and abs(float(onnx.numpy_helper.to_array(tensor)[0]) - threshold) < 1e-6]
+        (found,) = [
+            tensor for tensor in proto.graph.initializer if tuple(tensor.dims) == (1,) and abs(float(onnx.numpy_helper.to_array(tensor)[0]) - threshold) < 1e-6
+        ]
         set_values(found, np.array([changed]))
 
     record = nms_detector.changed(change).check()
@@ -259,7 +267,9 @@ def test_a_detector_that_finds_nothing_anywhere_is_not_called_verified(sources: 
     silent = build_all(weights, tmp_path / "silent", cfg=CFG)
 
     def deaf(proto: onnx.ModelProto) -> None:
-        (found,) = [tensor for tensor in proto.graph.initializer if tuple(tensor.dims) == (1,) and abs(float(onnx.numpy_helper.to_array(tensor)[0]) - 0.05) < 1e-6]
+        (found,) = [
+            tensor for tensor in proto.graph.initializer if tuple(tensor.dims) == (1,) and abs(float(onnx.numpy_helper.to_array(tensor)[0]) - 0.05) < 1e-6
+        ]
         set_values(found, np.array([2.0]))
 
     assert by_name(silent.check())["box_shift_px"].count == 0

@@ -12,9 +12,10 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from typer.testing import CliRunner
+
 from modelcrate_converter.cli import app
 from modelcrate_runtime import Detector, PoseDetector
-from typer.testing import CliRunner
 
 Result = Any
 """What `CliRunner.invoke` returns; typer does not say whose class it is."""
@@ -159,7 +160,9 @@ def test_table_of_one_pose_names_its_keypoints(cli: Callable[..., Result], pose_
 
 
 def test_geometry_can_be_chosen(cli: Callable[..., Result], pose_bundle: Path, photo: Path, box_text: str) -> None:
-    usual, exact, sdk = (rows_of(cli("run", pose_bundle, photo, "--box", box_text, "--json", *more))[0] for more in ((), ("--geometry", "exact"), ("--geometry", "sdk")))
+    usual, exact, sdk = (
+        rows_of(cli("run", pose_bundle, photo, "--box", box_text, "--json", *more))[0] for more in ((), ("--geometry", "exact"), ("--geometry", "sdk"))
+    )
     assert usual == exact
     assert sdk["keypoints"] != exact["keypoints"]
 
@@ -260,7 +263,9 @@ def test_box_with_a_detector(cli: Callable[..., Result], detector_bundle: Path, 
     refused(cli("run", detector_bundle, pose_bundle, photo, "--box", "1,2,30,40"), 4, "--box")
 
 
-@pytest.mark.parametrize(("box", "word"), [("1,2,3", "four numbers"), ("a,b,c,d", "left,top,right,bottom"), ("", "--box"), ("30,2,3,40", "left <= right"), ("nan,1,2,3", "finite")])
+@pytest.mark.parametrize(
+    ("box", "word"), [("1,2,3", "four numbers"), ("a,b,c,d", "left,top,right,bottom"), ("", "--box"), ("30,2,3,40", "left <= right"), ("nan,1,2,3", "finite")]
+)
 def test_box_that_is_none(cli: Callable[..., Result], pose_bundle: Path, photo: Path, box: str, word: str) -> None:
     refused(cli("run", pose_bundle, photo, "--box", box), 10, word)
 
@@ -273,7 +278,9 @@ def test_changed_bundle_does_not_run(cli: Callable[..., Result], pose_bundle: Pa
     refused(cli("run", changed(pose_bundle, tmp_path), photo), 12, "end2end.onnx", "changed after the build")
 
 
-@pytest.mark.parametrize("arguments", [["run"], ["run", "--no-such-option"], ["no-such-command"], ["run", "a", "b", "--threads", "0"], ["run", "a", "b", "--geometry", "udp"]])
+@pytest.mark.parametrize(
+    "arguments", [["run"], ["run", "--no-such-option"], ["no-such-command"], ["run", "a", "b", "--threads", "0"], ["run", "a", "b", "--geometry", "udp"]]
+)
 def test_usage_errors_exit_with_two(cli: Callable[..., Result], arguments: list[str]) -> None:
     result = cli(*arguments)
     assert result.exit_code == 2
@@ -302,7 +309,18 @@ def changed(bundle: Path, tmp_path: Path) -> Path:
 def test_inspect_shows_what_a_bundle_is(cli: Callable[..., Result], pose_bundle: Path) -> None:
     result = cli("inspect", pose_bundle)
     assert result.exit_code == 0, result.output
-    for word in ("PoseDetector", "onnxruntime", "mmpose.SimCCLabelDecode", "fp32", "exact", "input float32 batch x 3 x 256 x 192", "simcc_y", "passed", "end2end.onnx", "unchanged"):
+    for word in (
+        "PoseDetector",
+        "onnxruntime",
+        "mmpose.SimCCLabelDecode",
+        "fp32",
+        "exact",
+        "input float32 batch x 3 x 256 x 192",
+        "simcc_y",
+        "passed",
+        "end2end.onnx",
+        "unchanged",
+    ):
         assert word in result.stdout
 
 

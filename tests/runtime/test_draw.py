@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from modelcrate_bundle.manifest import KeypointInfo
 from modelcrate_runtime import Detections, Poses
 from modelcrate_runtime.draw import draw_detections, draw_poses
@@ -9,7 +10,7 @@ from modelcrate_runtime.skeletons import COCO_17, keypoint_info
 
 INK = 40
 """Levels that a thin line may lose to anti-aliasing."""
-RED, GREEN = (255, 0, 0), (0, 255, 0)
+RED, GREEN = (255, 0, 0), (0, 255, 128)
 TWO = KeypointInfo(names=["a", "b"], skeleton=[(0, 1)], colors=[RED, RED], link_colors=[GREEN])
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from modelcrate_bundle.errors import InputError
 from modelcrate_runtime.geometry import Crop, as_boxes, crop_exact, crop_sdk, to_image, warp_affine
 
@@ -216,7 +217,9 @@ def test_sdk_crop_outside_the_image_is_black() -> None:
 # ----------------------------------------------------------------------------------------------------------------------- boxes
 
 
-@pytest.mark.parametrize("boxes", [[1, 2, 3, 4], (1, 2, 3, 4), np.array([1, 2, 3, 4]), [[1, 2, 3, 4]], np.array([[1.0, 2, 3, 4]]), np.array([1, 2, 3, 4], dtype=np.uint16)])
+@pytest.mark.parametrize(
+    "boxes", [[1, 2, 3, 4], (1, 2, 3, 4), np.array([1, 2, 3, 4]), [[1, 2, 3, 4]], np.array([[1.0, 2, 3, 4]]), np.array([1, 2, 3, 4], dtype=np.uint16)]
+)
 def test_one_box_in_any_form(boxes: object) -> None:
     array = as_boxes(boxes, image_hw=(10, 20))
     assert array.dtype == np.float32

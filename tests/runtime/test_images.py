@@ -7,6 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+
 from modelcrate_bundle.errors import InputError, OutputError
 from modelcrate_runtime.images import IMAGE_SUFFIXES, encode_jpeg, image_files, read_image, write_image
 
@@ -75,7 +76,9 @@ def test_names_may_hold_any_letters(tmp_path: Path, picture: np.ndarray) -> None
     np.testing.assert_array_equal(read_image(path), picture)
 
 
-@pytest.mark.parametrize(("content", "found"), [(b"", "an empty file"), (b"hello, this is text", "cannot decode"), (b"\x89PNG\r\n\x1a\n" + b"\0" * 40, "OpenCV")])
+@pytest.mark.parametrize(
+    ("content", "found"), [(b"", "an empty file"), (b"hello, this is text", "cannot decode"), (b"\x89PNG\r\n\x1a\n" + b"\0" * 40, "OpenCV")]
+)
 def test_what_is_no_image_is_refused_with_its_path(tmp_path: Path, content: bytes, found: str) -> None:
     path = tmp_path / "broken.png"
     path.write_bytes(content)

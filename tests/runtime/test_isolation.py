@@ -6,10 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import modelcrate_bundle
-import modelcrate_runtime
 import numpy as np
 import pytest
+
+import modelcrate_bundle
+import modelcrate_runtime
 
 ROOT = Path(__file__).parents[2]
 BUILD_ONLY = ("torch", "onnx", "onnxsim", "onnxscript", "jinja2", "safetensors", "modelcrate_converter")
@@ -111,7 +112,9 @@ print([name for name in sys.modules if name.partition(".")[0] in {"torch", "onnx
 
 
 def test_top_down_and_the_command_line_run_on_a_device(detector_bundle: Path, pose_bundle: Path, scene: tuple[np.ndarray, np.ndarray], tmp_path: Path) -> None:
-    modelcrate_runtime_images = "from modelcrate_runtime.images import write_image; import numpy as np; from pathlib import Path; write_image(Path(sys.argv[2]), np.load(sys.argv[1]))"
+    modelcrate_runtime_images = (
+        "from modelcrate_runtime.images import write_image; import numpy as np; from pathlib import Path; write_image(Path(sys.argv[2]), np.load(sys.argv[1]))"
+    )
     np.save(tmp_path / "image.npy", scene[0])
     run(modelcrate_runtime_images, tmp_path / "image.npy", tmp_path / "image.png", blocked=BUILD_ONLY)
     code = "from modelcrate_runtime.cli import app; app(sys.argv[1:], standalone_mode=False)"

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from modelcrate_bundle.errors import UnsupportedBundleError
 from modelcrate_bundle.schema import Pipeline, read_pipeline
 from modelcrate_runtime import Detections, PoseDetector, Poses
@@ -31,7 +32,12 @@ def pipeline_of(component: str, params: dict[str, Any], *, transforms: list[dict
 
 
 def boxes_of(
-    outputs: dict[str, np.ndarray], meta: ImageMeta | list[ImageMeta], params: dict[str, Any] | None = None, *, component: str = "ResizeBBox", geometry: str = "sdk"
+    outputs: dict[str, np.ndarray],
+    meta: ImageMeta | list[ImageMeta],
+    params: dict[str, Any] | None = None,
+    *,
+    component: str = "ResizeBBox",
+    geometry: str = "sdk",
 ) -> Any:
     """Decode a batch; for one meta its detections, for several a list."""
     decoder = BoxDecoder(pipeline_of(component, params or {}), geometry=geometry, where="bundle")
@@ -56,7 +62,9 @@ def plain(width: int = 640, height: int = 480) -> ImageMeta:
 
 @pytest.mark.parametrize("geometry", ["sdk", "exact"])
 def test_only_scores_above_the_threshold_survive_and_keep_their_order(geometry: str) -> None:
-    found = boxes_of(dets((1, 2, 30, 40, 0.75), (5, 6, 70, 80, 0.5), (9, 9, 20, 20, 0.5000001), labels=[3, 1, 2]), plain(), {"score_thr": 0.5}, geometry=geometry)
+    found = boxes_of(
+        dets((1, 2, 30, 40, 0.75), (5, 6, 70, 80, 0.5), (9, 9, 20, 20, 0.5000001), labels=[3, 1, 2]), plain(), {"score_thr": 0.5}, geometry=geometry
+    )
     np.testing.assert_array_equal(found.boxes_xyxy, [[1, 2, 30, 40], [9, 9, 20, 20]])
     np.testing.assert_array_equal(found.labels, [3, 2])
     np.testing.assert_allclose(found.scores, [0.75, 0.5000001], atol=1e-7)
@@ -103,7 +111,16 @@ def test_boxes_that_lie_outside_are_dropped(geometry: str) -> None:
 
 @pytest.mark.parametrize(
     ("geometry", "size", "kept"),
-    [("sdk", 0, [0, 1, 2]), ("sdk", 10, [0, 1]), ("sdk", 10.5, [0]), ("sdk", 100, []), ("exact", 0, [0, 1, 2]), ("exact", 9.5, [0, 1]), ("exact", 10.5, [0]), ("exact", 100, [])],
+    [
+        ("sdk", 0, [0, 1, 2]),
+        ("sdk", 10, [0, 1]),
+        ("sdk", 10.5, [0]),
+        ("sdk", 100, []),
+        ("exact", 0, [0, 1, 2]),
+        ("exact", 9.5, [0, 1]),
+        ("exact", 10.5, [0]),
+        ("exact", 100, []),
+    ],
 )
 def test_min_bbox_size_is_in_image_pixels_and_in_the_sdk_inclusive(geometry: str, size: float, kept: list[int]) -> None:
     meta = ImageMeta(image_hw=(480, 640), resized_hw=(240, 320), scale_xyxy=(0.5, 0.5, 0.5, 0.5))
@@ -209,7 +226,9 @@ def test_exact_boxes_are_where_the_object_was(name: str) -> None:
 # ------------------------------------------------------------------------------------------------------------------- raw heads
 
 
-def raw_outputs(rng: np.random.Generator, *, batch: int = 1, classes: int = 3, input_hw: tuple[int, int] = (64, 96)) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def raw_outputs(
+    rng: np.random.Generator, *, batch: int = 1, classes: int = 3, input_hw: tuple[int, int] = (64, 96)
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Logits and distances of the levels 8, 16, 32."""
     shapes = [(input_hw[0] // stride, input_hw[1] // stride) for stride in (8, 16, 32)]
     logits = [rng.normal(-1, 2, (batch, classes, h, w)).astype(np.float32) for h, w in shapes]
@@ -274,7 +293,8 @@ def test_raw_head_in_sdk_geometry_suppresses_across_classes() -> None:
             kept.append(-minus)
     meta = ImageMeta(image_hw=(128, 192), resized_hw=(64, 96), scale_xyxy=(0.5, 0.5, 0.5, 0.5))
     expected = [
-        [max(boxes[k][0] * 2, 0), max(boxes[k][1] * 2, 0), min(boxes[k][2] * 2, 191), min(boxes[k][3] * 2, 127), scores[k].max(), scores[k].argmax()] for k in kept
+        [max(boxes[k][0] * 2, 0), max(boxes[k][1] * 2, 0), min(boxes[k][2] * 2, 191), min(boxes[k][3] * 2, 127), scores[k].max(), scores[k].argmax()]
+        for k in kept
     ]
     expected = [row for row in expected if row[2] >= row[0] and row[3] >= row[1]]
     assert len(expected) > 5
@@ -382,7 +402,9 @@ def test_simcc_is_decoded_keypoint_by_keypoint(seed: int, ratio: float, levels: 
             np.testing.assert_allclose(points[n, k], np.array(expected) / ratio, atol=1e-5)
 
 
-def keypoints_of(outputs: dict[str, np.ndarray], crops: list[Crop], params: dict[str, Any] | None = None, *, component: str = "SimCCLabelDecode", geometry: str = "exact") -> Poses:
+def keypoints_of(
+    outputs: dict[str, np.ndarray], crops: list[Crop], params: dict[str, Any] | None = None, *, component: str = "SimCCLabelDecode", geometry: str = "exact"
+) -> Poses:
     decoder = KeypointDecoder(pipeline_of(component, params or {}), geometry=geometry, where="bundle")
     return decoder.decode(outputs, crops, input_hw=(256, 192))
 
@@ -394,7 +416,9 @@ def one_hot(index: int, length: int, *, height: float = 1.0) -> np.ndarray:
 
 
 def test_keypoint_goes_through_its_crop() -> None:
-    poses = keypoints_of({"simcc_x": one_hot(100, 384, height=0.7), "simcc_y": one_hot(31, 512, height=0.4)}, [Crop(step_xy=(2.0, 3.0), origin_xy=(-10.0, 5.0))])
+    poses = keypoints_of(
+        {"simcc_x": one_hot(100, 384, height=0.7), "simcc_y": one_hot(31, 512, height=0.4)}, [Crop(step_xy=(2.0, 3.0), origin_xy=(-10.0, 5.0))]
+    )
     assert (poses.keypoints_xy.dtype, poses.scores.dtype) == (np.float32, np.float32)
     np.testing.assert_allclose(poses.keypoints_xy, [[[50 * 2 - 10, 15.5 * 3 + 5]]], atol=1e-4)
     np.testing.assert_allclose(poses.scores, [[0.4]], atol=1e-7)
@@ -456,7 +480,9 @@ def test_keypoints_are_upstreams(shared: Path) -> None:
 
 
 def test_detections_are_selected_together() -> None:
-    found = Detections(boxes_xyxy=np.arange(12, dtype=np.float32).reshape(3, 4), scores=np.array([0.9, 0.5, 0.1], dtype=np.float32), labels=np.array([2, 0, 1], dtype=np.int32))
+    found = Detections(
+        boxes_xyxy=np.arange(12, dtype=np.float32).reshape(3, 4), scores=np.array([0.9, 0.5, 0.1], dtype=np.float32), labels=np.array([2, 0, 1], dtype=np.int32)
+    )
     for index in (found.scores > 0.4, slice(0, 2), np.array([0, 1])):
         part = found[index]
         assert len(part) == 2

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from modelcrate_bundle.errors import InputError, UnsupportedBundleError
 from modelcrate_bundle.schema import Pipeline, read_pipeline
 from modelcrate_runtime.preprocess import ImageMeta, Preprocessor, check_image
@@ -157,7 +158,9 @@ def test_pad_adds_to_the_right_and_the_bottom(pad: dict[str, Any], hw: tuple[int
     assert meta.pad_left_top == (0, 0)
 
 
-@pytest.mark.parametrize(("value", "level"), [(114, 114), (7.0, 7), ({"img": [114, 3, 5]}, 114), ({"img": 20}, 20), ([30, 1, 2], 30), ({"seg": 255}, 0), ({"img": []}, 0)])
+@pytest.mark.parametrize(
+    ("value", "level"), [(114, 114), (7.0, 7), ({"img": [114, 3, 5]}, 114), ({"img": 20}, 20), ([30, 1, 2], 30), ({"seg": 255}, 0), ({"img": []}, 0)]
+)
 def test_pad_value_is_the_first_channels(value: object, level: int) -> None:
     pixels, _ = run(noise(10, 10), {"type": "Pad", "size": [16, 16], "pad_val": value})
     assert (pixels[10:] == level).all()
@@ -191,14 +194,18 @@ def test_pad_that_is_too_small_is_refused_with_both_sizes() -> None:
 
 def test_pad_after_normalize_is_in_normalised_units() -> None:
     image = noise(50, 70)
-    tensor, _ = compiled(LOAD, {"type": "Normalize", "mean": [10, 20, 30], "std": [2, 3, 4], "to_rgb": False}, {"type": "Pad", "size_divisor": 32, "pad_val": 0.5}, FORMAT).image(image)
+    tensor, _ = compiled(
+        LOAD, {"type": "Normalize", "mean": [10, 20, 30], "std": [2, 3, 4], "to_rgb": False}, {"type": "Pad", "size_divisor": 32, "pad_val": 0.5}, FORMAT
+    ).image(image)
     assert tensor.shape == (1, 3, 64, 96)
     assert (tensor[0, :, 50:] == 0.5).all()
     assert (tensor[0, :, :, 70:] == 0.5).all()
     np.testing.assert_allclose(tensor[0, :, :50, :70].transpose(1, 2, 0), (image - np.array([10.0, 20, 30])) / [2, 3, 4], rtol=1e-6)
 
 
-@pytest.mark.parametrize("pad", [{"size_divisor": 32, "padding_mode": "edge"}, {"size_divisor": 32, "padding_mode": "reflect"}, {"logical_or_val": 127, "pad_val": 0.5}])
+@pytest.mark.parametrize(
+    "pad", [{"size_divisor": 32, "padding_mode": "edge"}, {"size_divisor": 32, "padding_mode": "reflect"}, {"logical_or_val": 127, "pad_val": 0.5}]
+)
 def test_pad_after_normalize_is_right_or_refused(pad: dict[str, Any]) -> None:
     """A Pad is the same Pad wherever it stands; what cannot be run is refused, not left out."""
     image = noise(50, 70)
@@ -223,7 +230,9 @@ def rha(value: float) -> int:
     return math.floor(abs(value) + 0.5) * (1 if value >= 0 else -1)
 
 
-@pytest.mark.parametrize("options", [{}, {"allow_scale_up": False}, {"use_mini_pad": True}, {"stretch_only": True}, {"pad_val": {"img": 114}}, {"pad_val": 114}])
+@pytest.mark.parametrize(
+    "options", [{}, {"allow_scale_up": False}, {"use_mini_pad": True}, {"stretch_only": True}, {"pad_val": {"img": 114}}, {"pad_val": 114}]
+)
 @pytest.mark.parametrize("hw", [(50, 120), (120, 50), (40, 60), (300, 200), (96, 160)])
 def test_letter_resize(hw: tuple[int, int], options: dict[str, Any]) -> None:
     image = noise(*hw)
@@ -524,7 +533,9 @@ def test_crops_of_several_boxes_are_those_of_each() -> None:
 def test_padding_and_udp_come_from_the_bundle() -> None:
     image = noise(200, 300)
     box = [100, 50, 148, 114]
-    _, (tight,) = compiled(LOAD, {"type": "TopDownGetBboxCenterScale", "image_size": [192, 256], "padding": 1.0}, CROP[1], FORMAT, geometry="exact").crops(image, box)
+    _, (tight,) = compiled(LOAD, {"type": "TopDownGetBboxCenterScale", "image_size": [192, 256], "padding": 1.0}, CROP[1], FORMAT, geometry="exact").crops(
+        image, box
+    )
     _, (usual,) = compiled(LOAD, *CROP, FORMAT, geometry="exact").crops(image, box)
     _, (udp,) = compiled(LOAD, CROP[0], CROP[1] | {"use_udp": True}, FORMAT, geometry="exact").crops(image, box)
     np.testing.assert_allclose(tight.step_xy, (48 / 192, 64 / 256), rtol=1e-6)

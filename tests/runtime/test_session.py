@@ -9,11 +9,12 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from onnx import TensorProto, helper
+
 from modelcrate_bundle import Bundle
 from modelcrate_bundle.errors import BundleIntegrityError, ConfigError, InputError, MissingBackendError, UnsupportedBundleError
 from modelcrate_runtime import PoseDetector, SessionOptions, open_session
 from modelcrate_runtime.sessions import BACKENDS, open_artefact
-from onnx import TensorProto, helper
 
 CPU = SessionOptions()
 
@@ -61,7 +62,9 @@ def test_run_computes_the_graph(graph_of: Callable[..., Path]) -> None:
     np.testing.assert_array_equal(y, [[0, 2]])
 
 
-@pytest.mark.parametrize("names", [("NoSuchExecutionProvider",), ("NoSuchExecutionProvider", "CPUExecutionProvider"), ("CPUExecutionProvider", "NoSuchExecutionProvider")])
+@pytest.mark.parametrize(
+    "names", [("NoSuchExecutionProvider",), ("NoSuchExecutionProvider", "CPUExecutionProvider"), ("CPUExecutionProvider", "NoSuchExecutionProvider")]
+)
 def test_missing_provider_is_an_error_with_the_names(pose_bundle: Path, names: tuple[str, ...]) -> None:
     with pytest.raises(MissingBackendError, match="expected the provider NoSuchExecutionProvider, found .*CPUExecutionProvider") as caught:
         PoseDetector(pose_bundle, providers=names)

@@ -6,7 +6,7 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 import onnx
 import pytest
+
 from modelcrate_bundle import Bundle
 from modelcrate_bundle.errors import BundleIntegrityError, ConfigError, InputError, TaskMismatchError
 from modelcrate_converter.scenes import procedural_scenes
@@ -346,7 +347,9 @@ def test_bundle_of_another_task_is_refused_both_ways(pose_bundle: Path, detector
     assert "Detector" in caught.value.hint
 
 
-def test_geometry_comes_from_the_manifest_and_can_be_chosen(pose_bundle: Path, detector_bundle: Path, tmp_path: Path, scene: tuple[np.ndarray, np.ndarray]) -> None:
+def test_geometry_comes_from_the_manifest_and_can_be_chosen(
+    pose_bundle: Path, detector_bundle: Path, tmp_path: Path, scene: tuple[np.ndarray, np.ndarray]
+) -> None:
     image, box = scene
     foreign = copy_without_manifest(pose_bundle, tmp_path / "foreign")
     with (
@@ -373,7 +376,9 @@ def test_unknown_geometry_is_refused(pose_bundle: Path, geometry: str) -> None:
         PoseDetector(pose_bundle, geometry=geometry)
 
 
-def test_opened_bundle_and_zip_are_as_good_as_a_folder(opened_pose: Bundle, pose: PoseDetector, pose_bundle: Path, scene: tuple[np.ndarray, np.ndarray], tmp_path: Path) -> None:
+def test_opened_bundle_and_zip_are_as_good_as_a_folder(
+    opened_pose: Bundle, pose: PoseDetector, pose_bundle: Path, scene: tuple[np.ndarray, np.ndarray], tmp_path: Path
+) -> None:
     image, box = scene
     archive = Path(shutil.make_archive(str(tmp_path / "pose"), "zip", pose_bundle))
     for source in (opened_pose, archive, str(archive)):

@@ -28,6 +28,14 @@ _DTYPES: Final = {
     "tensor(int8)": "int8",
     "tensor(bool)": "bool",
 }
+_UNSUPPORTED: Final = (
+    "not a registered function/op",
+    "No Op registered for",
+    "Unsupported model IR version",
+    "is under development and support for this is limited",
+    "NOT_IMPLEMENTED",
+)
+"""What ONNX Runtime says of graphs that are sound and too new, or have operators that it does not know."""
 _PROVIDERS: Final = {"cpu": ("CPUExecutionProvider",), "cuda": ("CUDAExecutionProvider", "CPUExecutionProvider")}
 
 
@@ -93,7 +101,7 @@ class OnnxRuntimeSession:
         except Exception as error:  # ONNX Runtime's own exceptions share no base class but Exception
             found = ", ".join(f"{name} {value.dtype}{list(value.shape)}" for name, value in feeds.items())
             expected = ", ".join(f"{spec.name} {spec.dtype}{list(spec.shape)}" for spec in self.inputs)
-            raise InputError(f"onnxruntime: expected {expected}, found {found}: {_first_line(error)}") from error
+            raise InputError(f"onnxruntime: expected {expected}, found {found}: {_message(error)[-300:]}") from error
         return dict(zip(self._names, values, strict=True))
 
     def close(self) -> None:
@@ -112,17 +120,16 @@ def _spec(node: Any) -> TensorSpec:
 
 
 def _load_error(path: Path, error: Exception) -> BundleIntegrityError | UnsupportedBundleError:
-    text = _first_line(error)
-    if any(
-        words in text for words in ("not a registered function/op", "No opset import", "Unsupported model IR version", "is not implemented", "NOT_IMPLEMENTED")
-    ):
+    text = _message(error)
+    if any(words in text for words in _UNSUPPORTED):
         return UnsupportedBundleError(
-            f"{path}: expected operators that ONNX Runtime has, found: {text}",
-            hint="convert the checkpoint with modelcrate: its graphs need no custom operators",
+            f"{path}: expected operators and versions that this ONNX Runtime has, found: {text[-300:]}",
+            hint="convert the checkpoint with modelcrate: its graphs need no custom operators, opset 17 and IR 8",
         )
-    return BundleIntegrityError(f"{path}: expected an ONNX graph, found: {text}", hint="copy the bundle again from where it was built, or convert again")
+    return BundleIntegrityError(f"{path}: expected an ONNX graph, found: {text[-300:]}", hint="copy the bundle again from where it was built, or convert again")
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
+def _message(error: Exception) -> str:
+    """ONNX Runtime's words without its status prefix, its C++ signatures and its line breaks."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text.rpartition(" failed:")[2].rpartition("&) ")[2]
