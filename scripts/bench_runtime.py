@@ -80,14 +80,20 @@ def measure(folder: Path, rounds: int) -> list[dict[str, object]]:
     boxes = np.concatenate([corners, corners + rng.uniform((80, 120), (240, 230), (8, 2))], axis=1).astype(np.float32)
     for size in ("t", "m"):
         widen, deepen = POSE_SIZES[size]
-        torch.save({"state_dict": random_weights(rtmpose_shapes(widen=widen, deepen=deepen, keypoints=17, input_hw=(256, 192)), seed=0)}, folder / f"{size}.pth")
+        torch.save(
+            {"state_dict": random_weights(rtmpose_shapes(widen=widen, deepen=deepen, keypoints=17, input_hw=(256, 192)), seed=0)}, folder / f"{size}.pth"
+        )
         started = time.perf_counter()
         subprocess.run([BIN / "modelcrate", "convert", folder / f"{size}.pth", "-t", "onnxruntime", "-o", folder], check=True, capture_output=True)
         seconds = time.perf_counter() - started
         if size == "m":
             figures.append({"what": "convert RTMPose-m, parity included", "seconds": seconds, "shown": f"{seconds:.1f} s", "bar": "<= 15 s"})
     cold = [
-        float(subprocess.run([sys.executable, "-c", COLD_START, folder / "rtmpose-t_onnxruntime", folder / "image.npy"], check=True, capture_output=True, text=True).stdout)
+        float(
+            subprocess.run(
+                [sys.executable, "-c", COLD_START, folder / "rtmpose-t_onnxruntime", folder / "image.npy"], check=True, capture_output=True, text=True
+            ).stdout
+        )
         for _ in range(5)
     ]
     figures.append({"what": "import, open, first result, RTMPose-t", "seconds": cold, "shown": f"{median(cold):.2f} s", "bar": "<= 0.7 s"})
@@ -127,7 +133,9 @@ def against_sdk(folder: Path, size: str, image: np.ndarray, boxes: np.ndarray, r
     server = None
     if SDK_PYTHON.is_file():
         arguments = [SDK_PYTHON, "-c", SDK_SERVER, bundle, folder / "image.npy", json.dumps(boxes.tolist()), folder / "sdk.npy"]
-        server = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=os.environ | {"SPDLOG_LEVEL": "off"})
+        server = subprocess.Popen(
+            arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=os.environ | {"SPDLOG_LEVEL": "off"}
+        )
     times: dict[str, list[float]] = {"ours": [], "session.run": [], "mmdeploy_runtime": []}
     with PoseDetector(bundle, warmup=1) as pose:
         tensor = np.zeros((len(boxes), 3, 256, 192), dtype=np.float32)
@@ -144,23 +152,35 @@ def against_sdk(folder: Path, size: str, image: np.ndarray, boxes: np.ndarray, r
                 started = time.perf_counter()
                 call()
                 times[what].append(time.perf_counter() - started)
-            if i == 2:  # noqa: PLR2004  # three rounds of warm-up
+            if i == 2:  # three rounds of warm-up
                 times = {key: [] for key in times}
     if server is not None:
         with PoseDetector(bundle, geometry="sdk") as pose:
             difference = np.abs(pose(image, boxes) - np.load(folder / "sdk.npy")).max()
-        assert difference < 1e-3, f"not the same results: {difference}"  # noqa: PLR2004
+        assert difference < 1e-3, f"not the same results: {difference}"
         assert server.stdin is not None
         server.stdin.close()
         server.wait(10)
     middle = {key: median(values) for key, values in times.items() if values}
     extra = 100 * (middle["ours"] / middle["session.run"] - 1)
     rows: list[dict[str, object]] = [
-        {"what": f"{name}: ours over bare batched session.run", "times": times, "shown": f"{1e3 * middle['ours']:.1f} ms over {1e3 * middle['session.run']:.1f} ms: +{extra:.1f} %", "bar": "<= +5 %"}
+        {
+            "what": f"{name}: ours over bare batched session.run",
+            "times": times,
+            "shown": f"{1e3 * middle['ours']:.1f} ms over {1e3 * middle['session.run']:.1f} ms: +{extra:.1f} %",
+            "bar": "<= +5 %",
+        }
     ]
     if "mmdeploy_runtime" in middle:
         ratio = middle["mmdeploy_runtime"] / middle["ours"]
-        rows.append({"what": f"{name}: mmdeploy_runtime over ours", "ratio": ratio, "shown": f"{1e3 * middle['mmdeploy_runtime']:.1f} ms: {ratio:.2f} times", "bar": ">= 1.3"})
+        rows.append(
+            {
+                "what": f"{name}: mmdeploy_runtime over ours",
+                "ratio": ratio,
+                "shown": f"{1e3 * middle['mmdeploy_runtime']:.1f} ms: {ratio:.2f} times",
+                "bar": ">= 1.3",
+            }
+        )
     else:
         rows.append({"what": f"{name}: mmdeploy_runtime", "shown": "not here: run scripts/setup-sdk", "bar": ">= 1.3"})
     return rows

@@ -7,8 +7,8 @@ checkpoint, from a config given by the user, or from a named default; two source
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -20,14 +20,39 @@ from modelcrate_bundle.manifest import KeypointInfo
 from modelcrate_bundle.tensors import TensorSpec
 from modelcrate_converter import defaults
 from modelcrate_converter.checkpoint import Checkpoint
-from modelcrate_converter.mmconfig import ModelConfig, read_config_file, read_config_text
-from modelcrate_converter.mmconfig_values import Unknown
+from modelcrate_converter.facts import (
+    CHANNELS,
+    COUNT,
+    DEVIATIONS,
+    FLAG,
+    FRACTION,
+    LEVEL,
+    NAMES,
+    NOT_NEGATIVE,
+    PAIR,
+    POSITIVE,
+    Expected,
+    Sources,
+    at,
+    keypoints_of,
+    numbers,
+    option,
+    transform,
+)  # fmt: skip
 from modelcrate_converter.models import rtmdet, rtmpose
 from modelcrate_converter.models.cspnext import STRIDE
+from modelcrate_converter.models.layers import Shapes
 from modelcrate_runtime.skeletons import keypoint_info
 
 _SIZES: Final = {256: "nano", 384: "t", 512: "s", 768: "m", 1024: "l", 1280: "x"}
 """Channels of the last stage -> the published size."""
+_TEST_CFG: Final[Mapping[str, Expected]] = {
+    "score_thr": FRACTION,
+    "iou_threshold": FRACTION,
+    "max_per_img": COUNT,
+    "nms_pre": COUNT,
+    "min_bbox_size": NOT_NEGATIVE,
+}
 _IGNORED_PREFIXES: Final = ("data_preprocessor.",)
 
 
@@ -131,7 +156,7 @@ def read_architecture(checkpoint: Checkpoint, *, model_config: Path | None = Non
         ArchitectureError: not a network that modelcrate knows, or its tensors do not fit together.
         ConfigError: two sources disagree, or the config is of another model.
     """
-    sources = _Sources.of(checkpoint, model_config)
+    sources = Sources.of(checkpoint, model_config)
     state = {key: value for key, value in checkpoint.state_dict.items() if not key.startswith(_IGNORED_PREFIXES)}
     shapes = {key: tuple(value.shape) for key, value in state.items()}
     if "head.cls_x.weight" in shapes and "head.gau.uv.weight" in shapes:
@@ -145,132 +170,30 @@ def read_architecture(checkpoint: Checkpoint, *, model_config: Path | None = Non
             hint="modelcrate converts RTMPose and RTMDet checkpoints of MMPose and MMDetection",
         )
     try:
-        return build(checkpoint, state, shapes, sources, name)
-    except (IndexError, ValueError, RuntimeError) as error:
-        if isinstance(error, (ArchitectureError, ConfigError)):
-            raise
+        return _try_out(build(checkpoint, state, shapes, sources, name), path=checkpoint.path)
+    except ArchitectureError as error:
+        # The networks do not know the file that their shapes come from.
+        raise ArchitectureError(str(error).replace("checkpoint:", f"{checkpoint.path}:", 1), hint=error.hint) from error
+    except (KeyError, IndexError, ValueError, RuntimeError) as error:
         text = " ".join(str(error).split())
         raise ArchitectureError(
             f"{checkpoint.path}: expected tensors that fit together, found: {text[:300]}", hint="is the checkpoint whole, and of the stated family?"
         ) from error
 
 
-# -------------------------------------------------------------------------------------------------------------------- sources
-
-
-@dataclass(kw_only=True, slots=True)
-class _Sources:
-    """Everyone who may know a fact, best first, and what was taken from whom."""
-
-    configs: list[tuple[str, Mapping[str, Any]]]
-    dataset_meta: Mapping[str, Any]
-    taken: dict[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint, model_config: Path | None) -> _Sources:
-        configs: list[tuple[str, Mapping[str, Any]]] = []
-        text = checkpoint.meta.get("cfg")
-        taken = {}
-        if isinstance(text, str):
-            try:
-                configs.append(("the checkpoint's config", read_config_text(text, source=f"{checkpoint.path}: embedded config").values))
-            except ConfigError as error:
-                taken["embedded config"] = f"not readable, ignored: {error}"
-        if model_config is not None:
-            given: ModelConfig = read_config_file(model_config)
-            if given.missing_bases:
-                taken["--model-config"] = f"bases that are not there: {', '.join(given.missing_bases)}"
-            configs.append((f"--model-config {model_config.name}", given.values))
-        meta = checkpoint.meta.get("dataset_meta")
-        return cls(configs=configs, dataset_meta=meta if isinstance(meta, Mapping) else {}, taken=taken)
-
-    def fact(self, name: str, read: Callable[[Mapping[str, Any]], Any], *, default: Any, extra: tuple[tuple[str, Any], ...] = ()) -> Any:
-        """One fact.
-
-        Args:
-            name: what it is called in messages and in the manifest.
-            read: takes it from a config, or gives None.
-            default: what published configs have.
-            extra: further sources as (who, value or None), better than the configs.
-
-        Raises:
-            ConfigError: two sources disagree.
-        """
-        readings = [*extra, *((who, read(config)) for who, config in self.configs)]
-        known = [(who, value) for who, value in readings if value is not None]
-        for who, value in known[1:]:
-            if value != known[0][1]:
-                raise ConfigError(
-                    f"{name}: {known[0][0]} says {_shown(known[0][1])}, {who} says {_shown(value)}: expected them to agree",
-                    hint="give the config that this checkpoint was trained with",
-                )
-        if known:
-            self.taken[name] = known[0][0]
-            return known[0][1]
-        self.taken[name] = f"default: {_shown(default)}"
-        return default
-
-    def must_match(self, name: str, read: Callable[[Mapping[str, Any]], Any], *, weights: Any) -> None:
-        """Refuse a config that contradicts what the tensors say."""
-        for who, config in self.configs:
-            value = read(config)
-            if value is not None and value != weights:
-                raise ConfigError(
-                    f"{name}: the weights say {_shown(weights)}, {who} says {_shown(value)}: expected them to agree",
-                    hint="give the config that this checkpoint was trained with",
-                )
-
-
-def _at(config: Mapping[str, Any], path: str) -> Any:
-    """The value under a dotted path; None where the path ends early or at something that was not plain data."""
-    value: Any = config
-    for part in path.split("."):
-        if isinstance(value, list):
-            value = value[-1] if value else None
-        if not isinstance(value, Mapping) or part not in value:
-            return None
-        value = value[part]
-    return None if isinstance(value, Unknown) else value
-
-
-def _numbers(value: Any) -> tuple[float, ...] | None:
-    if isinstance(value, (list, tuple)) and value and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value):
-        return tuple(float(v) for v in value)
-    return None
-
-
-def _transform(config: Mapping[str, Any], kind: str) -> Mapping[str, Any] | None:
-    """A transform of the test pipeline, whatever the scope prefix of its type."""
-    for path in ("test_dataloader.dataset.pipeline", "val_dataloader.dataset.pipeline", "test_pipeline", "val_pipeline"):
-        pipeline = _at(config, path)
-        for step in pipeline if isinstance(pipeline, (list, tuple)) else ():
-            if isinstance(step, Mapping) and str(step.get("type", "")).rpartition(".")[2] == kind:
-                return step
-    return None
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    if isinstance(value, (list, tuple)):
-        shown = [_shown(v) for v in value[:6]] + (["..."] if len(value) > 6 else [])
-        return f"({', '.join(shown)})"
-    return str(value)
-
-
-def _normalization(sources: _Sources, *, mean: tuple[float, ...], std: tuple[float, ...], to_rgb: bool, weights: Mapping[str, torch.Tensor]) -> Normalization:
+def _normalization(sources: Sources, *, mean: tuple[float, ...], std: tuple[float, ...], to_rgb: bool, weights: Mapping[str, torch.Tensor]) -> Normalization:
     def stored(key: str) -> tuple[tuple[str, Any], ...]:
         tensor = weights.get(f"data_preprocessor.{key}")
         return () if tensor is None else (("the checkpoint's data_preprocessor", tuple(round(v, 4) for v in tensor.flatten().tolist())),)
 
     def swap(config: Mapping[str, Any]) -> bool | None:
-        preprocessor = _at(config, "model.data_preprocessor")
-        return bool(preprocessor.get("bgr_to_rgb", False)) if isinstance(preprocessor, Mapping) else None
+        preprocessor = at(config, "model.data_preprocessor")
+        return option(preprocessor, "bgr_to_rgb", default=False) if isinstance(preprocessor, Mapping) else None
 
     return Normalization(
-        mean=sources.fact("mean", lambda config: _numbers(_at(config, "model.data_preprocessor.mean")), default=mean, extra=stored("mean")),
-        std=sources.fact("std", lambda config: _numbers(_at(config, "model.data_preprocessor.std")), default=std, extra=stored("std")),
-        to_rgb=sources.fact("bgr_to_rgb", swap, default=to_rgb),
+        mean=sources.fact("mean", lambda config: numbers(at(config, "model.data_preprocessor.mean")), CHANNELS, default=mean, extra=stored("mean")),
+        std=sources.fact("std", lambda config: numbers(at(config, "model.data_preprocessor.std")), DEVIATIONS, default=std, extra=stored("std")),
+        to_rgb=sources.fact("bgr_to_rgb", swap, FLAG, default=to_rgb),
     )
 
 
@@ -289,46 +212,53 @@ def _load(module: nn.Module, state: Mapping[str, torch.Tensor], *, checkpoint: C
     return module.eval()
 
 
+def _try_out(model: ExportableModel, *, path: Path) -> ExportableModel:
+    """Run the network once on zeros: layers that do not fit are found here, and not by an exporter that blames itself."""
+    with torch.inference_mode():
+        values = model.module(torch.zeros(1, 3, *model.input_hw))
+    found = [tuple(value.shape[1:]) for value in values]
+    expected = [spec.shape[1:] for spec in model.outputs]
+    if found != expected:
+        raise ArchitectureError(f"{path}: expected outputs of shapes {expected}, found {found}", hint="is the checkpoint whole, and of the stated family?")
+    return model
+
+
 # ----------------------------------------------------------------------------------------------------------------- the families
 
 
 def _rtmpose(
-    checkpoint: Checkpoint, state: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]], sources: _Sources, name: str | None
+    checkpoint: Checkpoint, state: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]], sources: Sources, name: str | None
 ) -> ExportableModel:
-    bins_x, bins_y = shapes["head.cls_x.weight"][0], shapes["head.cls_y.weight"][0]
-    cells = shapes["head.mlp.1.weight"][1]
-    keypoints = shapes["head.final_layer.weight"][0]
-    ratio = math.sqrt(bins_x * bins_y / (cells * STRIDE * STRIDE))
-    width, height = round(bins_x / ratio), round(bins_y / ratio)
-    if (width // STRIDE) * (height // STRIDE) != cells or width % STRIDE or height % STRIDE:
-        raise ArchitectureError(f"{checkpoint.path}: expected SimCC axes of one input size, found {bins_x} and {bins_y} bins over {cells} cells")
-    sources.must_match(
-        "input size (width, height)", lambda config: _numbers(_at(config, "model.head.decoder.input_size")), weights=(float(width), float(height))
-    )
-    sources.must_match("SimCC split ratio", lambda config: _at(config, "model.head.decoder.simcc_split_ratio"), weights=ratio)
-    sources.must_match("keypoints", lambda config: _at(config, "model.head.out_channels"), weights=keypoints)
+    tensors = Shapes(shapes)
+    bins_x, bins_y = tensors["head.cls_x.weight"][0], tensors["head.cls_y.weight"][0]
+    cells = tensors["head.mlp.1.weight"][1]
+    keypoints = tensors["head.final_layer.weight"][0]
+    width, height, ratio = _simcc_size(bins_x, bins_y, cells, path=checkpoint.path)
+    sources.must_match("input size (width, height)", lambda config: numbers(at(config, "model.head.decoder.input_size")), weights=(float(width), float(height)))
+    sources.must_match("SimCC split ratio", lambda config: at(config, "model.head.decoder.simcc_split_ratio"), weights=ratio)
+    sources.must_match("keypoints", lambda config: at(config, "model.head.out_channels"), weights=keypoints)
     default_sigma = (defaults.simcc_sigma(width), defaults.simcc_sigma(height))
 
     def udp(config: Mapping[str, Any]) -> bool | None:
-        affine = _transform(config, "TopdownAffine")
-        return bool(affine.get("use_udp", False)) if affine is not None else None
+        affine = transform(config, "TopdownAffine")
+        return option(affine, "use_udp", default=False) if affine is not None else None
 
     def padding(config: Mapping[str, Any]) -> float | None:
-        step = _transform(config, "GetBBoxCenterScale")
-        return float(step.get("padding", defaults.BOX_PADDING)) if step is not None else None
+        step = transform(config, "GetBBoxCenterScale")
+        return option(step, "padding", default=defaults.BOX_PADDING) if step is not None else None
 
     facts = PoseFacts(
-        padding=sources.fact("box padding", padding, default=defaults.BOX_PADDING),
-        use_udp=sources.fact("use_udp", udp, default=False),
+        padding=float(sources.fact("box padding", padding, POSITIVE, default=defaults.BOX_PADDING)),
+        use_udp=sources.fact("use_udp", udp, FLAG, default=False),
         split_ratio=ratio,
-        sigma=sources.fact("sigma", lambda config: _numbers(_at(config, "model.head.decoder.sigma")), default=default_sigma),
+        sigma=sources.fact("sigma", lambda config: numbers(at(config, "model.head.decoder.sigma")), PAIR, default=default_sigma),
     )
-    if sources.fact("use_dark", lambda config: _at(config, "model.head.decoder.use_dark"), default=False):
+    if sources.fact("use_dark", lambda config: at(config, "model.head.decoder.use_dark"), FLAG, default=False):
         raise ConfigError(
             "use_dark: expected false, found true: keypoints are decoded as plain SimCC maxima", hint="RTMPose's published configs have use_dark=False"
         )
     normalization = _normalization(sources, mean=defaults.POSE_MEAN, std=defaults.POSE_STD, to_rgb=True, weights=checkpoint.state_dict)
-    from_meta = _keypoints_of(sources.dataset_meta, count=keypoints)
+    from_meta = keypoints_of(sources.dataset_meta, count=keypoints)
     sources.taken["keypoint names"] = "the checkpoint's dataset_meta" if from_meta else f"default: {'COCO body' if keypoints == 17 else 'numbers'}"
     return ExportableModel(
         name=name or f"rtmpose-{_size_name(shapes)}",
@@ -349,8 +279,17 @@ def _rtmpose(
     )
 
 
+def _simcc_size(bins_x: int, bins_y: int, cells: int, *, path: Path) -> tuple[int, int, float]:
+    """The one input size, a multiple of the stride, over which both axes have the same number of bins per pixel: width, height, ratio."""
+    for columns in range(1, cells + 1):
+        width, height = columns * STRIDE, cells // columns * STRIDE
+        if cells % columns == 0 and math.isclose(bins_x / width, bins_y / height, rel_tol=1e-6):
+            return width, height, bins_x / width
+    raise ArchitectureError(f"{path}: expected SimCC axes of one input size, found {bins_x} and {bins_y} bins over {cells} cells of {STRIDE}x{STRIDE} pixels")
+
+
 def _rtmdet(
-    checkpoint: Checkpoint, state: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]], sources: _Sources, name: str | None
+    checkpoint: Checkpoint, state: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]], sources: Sources, name: str | None
 ) -> ExportableModel:
     classes = shapes["bbox_head.rtm_cls.0.weight"][0]
     is_separable = "bbox_head.cls_convs.0.0.depthwise_conv.conv.weight" in shapes
@@ -358,33 +297,35 @@ def _rtmdet(
                                           for stack in ("cls_convs", "reg_convs") for level in (1, 2))  # fmt: skip
     # Upstream's configs exponentiate from m (192 channels) up; tiny, s and nano do not.
     exp_default = not is_separable and shapes["bbox_head.rtm_reg.0.weight"][1] >= 192
-    exp_on_reg = sources.fact("exp_on_reg", lambda config: _at(config, "model.bbox_head.exp_on_reg"), default=exp_default)
-    sources.must_match("classes", lambda config: _at(config, "model.bbox_head.num_classes"), weights=classes)
-    strides = _numbers(rtmdet.STRIDES)
-    sources.must_match("strides", lambda config: _numbers(_at(config, "model.bbox_head.anchor_generator.strides")), weights=strides)
+    exp_on_reg = sources.fact("exp_on_reg", lambda config: at(config, "model.bbox_head.exp_on_reg"), FLAG, default=exp_default)
+    sources.must_match("classes", lambda config: at(config, "model.bbox_head.num_classes"), weights=classes)
+    strides = numbers(rtmdet.STRIDES)
+    sources.must_match("strides", lambda config: numbers(at(config, "model.bbox_head.anchor_generator.strides")), weights=strides)
     size = 320 if is_separable else 640
 
     def input_wh(config: Mapping[str, Any]) -> tuple[float, ...] | None:
-        step = _transform(config, "Pad") or _transform(config, "Resize")
-        return _numbers(step.get("size", step.get("scale"))) if step is not None else None
+        step = transform(config, "Pad") or transform(config, "Resize")
+        return numbers(step.get("size", step.get("scale"))) if step is not None else None
 
     def pad_value(config: Mapping[str, Any]) -> int | None:
-        step = _transform(config, "Pad")
+        step = transform(config, "Pad")
         value = step.get("pad_val") if step is not None else None
         value = value.get("img") if isinstance(value, Mapping) else value
         value = value[0] if isinstance(value, (list, tuple)) and value else value
         return int(value) if isinstance(value, (int, float)) else None
 
-    width, height = (int(v) for v in sources.fact("input size (width, height)", input_wh, default=(float(size), float(size))))
+    width, height = (int(v) for v in sources.fact("input size (width, height)", input_wh, PAIR, default=(float(size), float(size))))
     if width % STRIDE or height % STRIDE:
         raise ConfigError(f"input size: expected multiples of {STRIDE}, found {width}x{height}")
     published = defaults.COCO_TEST_CFG if classes == 80 else defaults.PERSON_TEST_CFG
 
     def test_cfg(key: str) -> Any:
         path = "model.test_cfg.nms.iou_threshold" if key == "iou_threshold" else f"model.test_cfg.{key}"
-        return sources.fact(key, lambda config: _at(config, path), default=published[key])
+        return sources.fact(key, lambda config: at(config, path), _TEST_CFG[key], default=published[key])
 
-    facts = DetectorFacts(pad_value=sources.fact("pad value", pad_value, default=defaults.DETECTOR_PAD_VALUE), **{key: test_cfg(key) for key in published})
+    facts = DetectorFacts(
+        pad_value=sources.fact("pad value", pad_value, LEVEL, default=defaults.DETECTOR_PAD_VALUE), **{key: test_cfg(key) for key in published}
+    )
     normalization = _normalization(sources, mean=defaults.DETECTOR_MEAN, std=defaults.DETECTOR_STD, to_rgb=False, weights=checkpoint.state_dict)
     module = _load(rtmdet.RTMDet(shapes, share_conv=share_conv, exp_on_reg=bool(exp_on_reg)), state, checkpoint=checkpoint)
     maps = [(height // stride, width // stride) for stride in rtmdet.STRIDES]
@@ -412,42 +353,14 @@ def _size_name(shapes: Mapping[str, tuple[int, ...]]) -> str:
     return _SIZES.get(channels, f"c{channels}")
 
 
-def _class_names(sources: _Sources, *, count: int) -> list[str]:
+def _class_names(sources: Sources, *, count: int) -> list[str]:
     def names(value: Any) -> tuple[str, ...] | None:
         value = [value] if isinstance(value, str) else value
         # mmdet writes CLASSES of the data set even where the model has fewer; only a fitting list can be meant.
         return tuple(str(v) for v in value) if isinstance(value, (list, tuple)) and len(value) == count else None
 
     def from_config(config: Mapping[str, Any]) -> tuple[str, ...] | None:
-        return names(_at(config, "test_dataloader.dataset.metainfo.classes")) or names(_at(config, "metainfo.classes"))
+        return names(at(config, "test_dataloader.dataset.metainfo.classes")) or names(at(config, "metainfo.classes"))
 
     meta = names(sources.dataset_meta.get("classes", sources.dataset_meta.get("CLASSES")))
-    return list(sources.fact("class names", from_config, default=tuple(defaults.class_names(count)), extra=(("the checkpoint's dataset_meta", meta),)))
-
-
-def _keypoints_of(meta: Mapping[str, Any], *, count: int) -> KeypointInfo | None:
-    """MMPose's dataset_meta as ours; None when it is not there or of another number of keypoints."""
-    by_id = meta.get("keypoint_id2name")
-    if not isinstance(by_id, Mapping) or len(by_id) != count:
-        return None
-    names = [str(by_id.get(i, by_id.get(str(i), f"keypoint_{i}"))) for i in range(count)]
-
-    def pairs(key: str) -> list[tuple[int, int]]:
-        value = meta.get(key)
-        rows = value if isinstance(value, list) else []
-        return [(int(a), int(b)) for a, b in (row for row in rows if isinstance(row, (list, tuple)) and len(row) == 2) if 0 <= a < count and 0 <= b < count]
-
-    def colors(key: str) -> list[tuple[int, int, int]]:
-        value = meta.get(key)
-        rows = value if isinstance(value, list) else []
-        return [(int(r), int(g), int(b)) for r, g, b in (row for row in rows if isinstance(row, (list, tuple)) and len(row) == 3)]
-
-    sigmas = meta.get("sigmas")
-    return KeypointInfo(
-        names=names,
-        skeleton=pairs("skeleton_links"),
-        flip_pairs=sorted({(min(pair), max(pair)) for pair in pairs("flip_pairs")}),
-        sigmas=[round(float(s), 6) for s in sigmas] if isinstance(sigmas, list) and len(sigmas) == count else [],
-        colors=colors("keypoint_colors"),
-        link_colors=colors("skeleton_link_colors"),
-    )
+    return list(sources.fact("class names", from_config, NAMES, default=tuple(defaults.class_names(count)), extra=(("the checkpoint's dataset_meta", meta),)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 import typer
 
 from modelcrate_bundle.errors import ConfigError, MissingBackendError, ModelcrateError
-from modelcrate_runtime.cli import JSON_OPTION, app, backend_rows, consoles, exit_on_error, print_backends
+from modelcrate_bundle.schema import write_record
+from modelcrate_runtime.cli import JSON_OPTION, app, backend_rows, consoles, exit_on_error, print_backends, raise_if_interrupted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -62,7 +62,12 @@ def convert(
         conversions, failures = _convert_all(checkpoints, configs, options, offline=offline, sha256=sha256, as_json=as_json)
         if as_json:
             failed = [{"checkpoint": checkpoint, "error": str(error), "hint": error.hint, "exit_code": error.exit_code} for checkpoint, error in failures]
-            sys.stdout.write(json.dumps([_as_json(c, conversion) for c, conversion in conversions] + failed, indent=1) + "\n")
+            import msgspec
+
+            # msgspec writes NaN as null: JSON has no word for it.
+            sys.stdout.write(
+                msgspec.json.format(msgspec.json.encode([_as_json(c, conversion) for c, conversion in conversions] + failed), indent=1).decode() + "\n"
+            )
         errors = [conversion.error for _, conversion in conversions if conversion.error] + [error for _, error in failures]
         if errors:
             raise errors[0]
@@ -154,6 +159,8 @@ class _Progress:
         self._stop()
 
     def show(self, event: Event) -> None:
+        """Draw one event; between two of them is also where an interruption that a library swallowed comes through."""
+        raise_if_interrupted()
         from rich.markup import escape
 
         from modelcrate_converter.progress import Advanced, Noted, StageFinished, StageStarted
@@ -206,7 +213,8 @@ def _print_conversion(out: Console, conversion: Conversion) -> None:
         )
         return
     if conversion.op_changes:
-        table = Table(title=f"{conversion.id}: operators", title_justify="left", show_footer=True)
+        out.print(f"{conversion.id}: operators", style="italic", markup=False, soft_wrap=True)
+        table = Table(show_footer=True)
         table.add_column("operator", "all")
         table.add_column("exported", str(sum(before for _, before, _ in conversion.op_changes)), justify="right")
         table.add_column("simplified", str(sum(after for _, _, after in conversion.op_changes)), justify="right")
@@ -214,7 +222,8 @@ def _print_conversion(out: Console, conversion: Conversion) -> None:
             table.add_row(name, str(before), str(after), style="bold" if before != after else "dim")
         out.print(table)
     if conversion.parity is not None and conversion.parity.verified:
-        table = Table(title=f"{conversion.id}: parity with PyTorch", title_justify="left")
+        out.print(f"{conversion.id}: parity with PyTorch", style="italic", markup=False, soft_wrap=True)
+        table = Table()
         for heading in ("what", "figure", "gate", ""):
             table.add_column(heading)
         for row in parity_rows(conversion.parity):
@@ -223,7 +232,8 @@ def _print_conversion(out: Console, conversion: Conversion) -> None:
     elif conversion.parity is not None and conversion.status == "built":
         out.print("NOT VERIFIED: nobody compared this bundle with PyTorch; the manifest says so", style="bold red")
     if conversion.bundle is not None and conversion.bundle.manifest is not None:
-        table = Table(title=str(conversion.place), title_justify="left")
+        out.print(str(conversion.place), style="italic", markup=False, soft_wrap=True)
+        table = Table()
         table.add_column("file")
         table.add_column("bytes", justify="right")
         table.add_column("SHA-256")
@@ -233,8 +243,6 @@ def _print_conversion(out: Console, conversion: Conversion) -> None:
 
 
 def _as_json(checkpoint: str, conversion: Conversion) -> dict[str, Any]:
-    import msgspec
-
     return {
         "checkpoint": checkpoint,
         "id": conversion.id,
@@ -243,7 +251,7 @@ def _as_json(checkpoint: str, conversion: Conversion) -> dict[str, Any]:
         "status": conversion.status,
         "seconds": {name: round(value, 3) for name, value in conversion.seconds.items()},
         "operators": [{"name": name, "before": before, "after": after} for name, before, after in conversion.op_changes],
-        "parity": msgspec.to_builtins(conversion.parity) if conversion.parity else None,
-        "files": msgspec.to_builtins(conversion.bundle.manifest.files) if conversion.bundle and conversion.bundle.manifest else [],
+        "parity": write_record(conversion.parity) if conversion.parity else None,
+        "files": [write_record(entry) for entry in conversion.bundle.manifest.files] if conversion.bundle and conversion.bundle.manifest else [],
         "error": str(conversion.error) if conversion.error else None,
     }

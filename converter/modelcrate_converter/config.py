@@ -5,11 +5,14 @@ from __future__ import annotations
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
 from modelcrate_bundle.errors import ConfigError
+
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+Gate = Annotated[float, msgspec.Meta(ge=0)]
 
 
 class Batch(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -24,7 +27,7 @@ class OnnxOptions(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fiel
     """How the canonical graph is made."""
 
     exporter: Literal["torchscript", "dynamo"] = "torchscript"
-    opset: int = 17
+    opset: Annotated[int, msgspec.Meta(ge=14, le=20)] = 17  # below 14 HardSwish and its like are missing, above 20 the exporter has nothing
     simplify: bool = True
 
 
@@ -32,18 +35,18 @@ class NmsOptions(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_field
     """Where detections are suppressed."""
 
     where: Literal["graph", "runtime"] = "graph"
-    pre_top_k: int = 5000
+    pre_top_k: Positive = 5000
 
 
 class Gates(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """The limits of parity with PyTorch; units in `deploy_configs/onnxruntime.toml`."""
 
-    relative_linf: float = 1e-4
-    class_logits_linf: float = 1e-3
-    keypoint_px: float = 0.05
-    box_px: float = 0.05
-    score: float = 1e-3
-    label_flips: int = 0
+    relative_linf: Gate = 1e-4
+    class_logits_linf: Gate = 1e-3
+    keypoint_px: Gate = 0.05
+    box_px: Gate = 0.05
+    score: Gate = 1e-3
+    label_flips: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
 class DeployConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import hashlib
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -101,6 +102,7 @@ def convert(
     Raises:
         ModelcrateError: what concerns all targets: the checkpoint, the images, the output folder.
     """
+    _check_names([config.target for config in configs], options.name)
     for config in configs:
         check_can_build(config.backend)
     clock = StageClock(report=report)
@@ -126,7 +128,9 @@ def convert(
         place = options.out / f"{model.name}_{config.target}"
         bundle = None if options.force else _current(place, keys[config.target])
         if bundle is not None:
-            results[config.target] = Conversion(id=place.name, target=config.target, place=place, status="current", bundle=bundle)
+            results[config.target] = Conversion(
+                id=place.name, target=config.target, place=place, status="current", bundle=bundle, parity=bundle.manifest.parity if bundle.manifest else None
+            )
     with contextlib.ExitStack() as stack:
         # Every writer is opened before the work begins: an output folder that cannot be written is said at once.
         waiting = [
@@ -193,7 +197,9 @@ def _build_bundle(
         if options.verify and not record.passed:
             raise ParityError(
                 f"{conversion.id}: expected every figure inside its gate, found {'; '.join(failed_gates(record))}: no bundle was written",
-                hint="the table shows all figures; gates stand in the deploy config",
+                hint="the table shows all figures; gates stand in the deploy config"
+                if all(p.count + p.undecided for p in record.pixels)
+                else "no object was found in the images: give one that has some, with --image PHOTO",
             )
         with clock.stage("write bundle") as detail:
             for role, path in artifact.files.items():
@@ -306,6 +312,18 @@ def _build_key(model: ExportableModel, config: DeployConfig, options: ConvertOpt
     return hashlib.sha256(msgspec.json.encode(parts, order="sorted")).hexdigest()
 
 
+def _check_names(targets: Sequence[str], name: str | None) -> None:
+    """Refuse names that would lead out of the output folder, and two targets that would write the same one."""
+    for what, text in (*(("target", target) for target in targets), *((("--name", name),) if name is not None else ())):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", text):
+            raise ConfigError(f"{what}: expected letters, digits, dots, dashes and underscores, found {text!r}", hint="it becomes the name of a folder")
+    double = next((target for target in targets if targets.count(target) > 1), None)
+    if double is not None:
+        raise ConfigError(
+            f"target: expected different names, found {double!r} twice", hint="rename one of the deploy configs: the file's name is the target's name"
+        )
+
+
 def _current(place: Path, build_key: str) -> Bundle | None:
     """The bundle in its place, if the same build made it and none of its files has changed since."""
     if not (place / "manifest.json").is_file():
@@ -326,4 +344,9 @@ def _work_folder() -> Iterator[str]:
     except OSError as error:
         raise OutputError(f"temporary folder: expected to write there, found: {error}", hint="set TMPDIR to a folder with space") from error
     with folder as path:
-        yield path
+        try:
+            yield path
+        except OSError as error:
+            raise OutputError(
+                f"{path}: expected to write there, found: {error.strerror or error}", hint="free some space, or set TMPDIR to a folder that has it"
+            ) from error

@@ -84,9 +84,10 @@ def check_parity(model: ExportableModel, artifact: BackendArtifact, canonical: O
     """
     session = open_artefact(artifact.backend, artifact.files, SessionOptions(), where=f"{model.name} for {artifact.backend}")
     try:
-        if isinstance(model.postprocess, PoseFacts):
-            return _check_pose(model, session, images, gates)
-        return _check_detector(model, artifact, session, canonical, images, gates)
+        with np.errstate(all="ignore"):  # a network that overflows is said by its figures
+            if isinstance(model.postprocess, PoseFacts):
+                return _check_pose(model, session, images, gates)
+            return _check_detector(model, artifact, session, canonical, images, gates)
     finally:
         session.close()
 
@@ -106,8 +107,10 @@ def _output(name: str, ours: Array, theirs: Array, gate: float) -> OutputParity:
 
 
 def _pixels(name: str, values: Array, gate: float, *, undecided: int = 0) -> PixelParity:
+    """One figure. Nothing compared is nothing shown: it does not pass."""
     worst, mean = (float(values.max()), float(values.mean())) if values.size else (0.0, 0.0)
-    return PixelParity(name=name, worst=worst, mean=mean, count=int(values.size), undecided=undecided, gate=gate, passed=bool(worst <= gate))
+    passed = bool(worst <= gate) and values.size + undecided > 0
+    return PixelParity(name=name, worst=worst, mean=mean, count=int(values.size), undecided=undecided, gate=gate, passed=passed)
 
 
 # ----------------------------------------------------------------------------------------------------------------------- pose
@@ -144,9 +147,9 @@ def _decided_maxima(ours: Outputs, theirs: Outputs, *, gate: float) -> NDArray[n
     """(N, K) whether PyTorch's own maximum is clear: where the bin that we chose is within the gate of it there, either answer is right."""
     decided: NDArray[np.bool_] | None = None
     for name, reference in theirs.items():
-        best = reference.max(axis=2)
-        chosen = np.take_along_axis(reference, ours[name].argmax(axis=2)[:, :, None], axis=2)[:, :, 0]
-        tie = (chosen != best) & (best - chosen <= gate * np.abs(reference).max())
+        bins, best = ours[name].argmax(axis=2), reference.max(axis=2)
+        chosen = np.take_along_axis(reference, bins[:, :, None], axis=2)[:, :, 0]
+        tie = (bins != reference.argmax(axis=2)) & (best - chosen <= gate * np.abs(reference).max())
         decided = ~tie if decided is None else decided & ~tie
     assert decided is not None
     return decided
@@ -181,7 +184,7 @@ def _check_detector(
     undecided = sum(pair.undecided for pair in pairs)
     pixels = [
         _pixels("box_shift_px", np.concatenate([pair.shifts_px for pair in pairs]), gates.box_px, undecided=undecided),
-        _pixels("score_shift", np.concatenate([pair.score_shifts for pair in pairs]), gates.score),
+        _pixels("score_shift", np.concatenate([pair.score_shifts for pair in pairs]), gates.score, undecided=undecided),
         _pixels("label_flips", np.array([float(pair.flips) for pair in pairs]), float(gates.label_flips)),
     ]
     return ParityRecord(verified=True, images=[image.name for image in images], samples=len(batch), outputs=outputs, pixels=pixels)
@@ -243,7 +246,7 @@ def reference_result(model: ExportableModel, image: NDArray[np.uint8]) -> Detect
 def failed_gates(record: ParityRecord) -> list[str]:
     """The figures outside their gates, in words."""
     wrong = [f"{p.name} {p.relative_linf:.2g} > {p.gate:g}" for p in record.outputs if not p.passed]
-    return wrong + [f"{p.name} {p.worst:.3g} > {p.gate:g}" for p in record.pixels if not p.passed]
+    return wrong + [f"{p.name} {p.worst:.3g} > {p.gate:g}" if p.count else f"{p.name}: nothing to compare" for p in record.pixels if not p.passed]
 
 
 def parity_rows(record: ParityRecord) -> list[Mapping[str, str]]:

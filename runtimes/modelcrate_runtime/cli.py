@@ -30,6 +30,7 @@ app = typer.Typer(
     name="modelcrate", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
 )
 INTERRUPTED: Final = 130
+_interrupts: Final[list[int]] = []
 JSON_OPTION = typer.Option("--json", help="Print JSON instead of tables.")
 
 
@@ -45,12 +46,15 @@ def exit_on_error() -> Iterator[None]:
     """Print an error in one line with its hint, and exit with its code. MODELCRATE_TRACEBACK=1 shows where it came from."""
 
     def stop(_number: int, _frame: object) -> None:
+        _interrupts.append(_number)
         raise KeyboardInterrupt
 
     # A service manager's SIGTERM cleans up like Ctrl-C does.
-    previous = signal.signal(signal.SIGTERM, stop)
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    _interrupts.clear()
     try:
         yield
+        raise_if_interrupted()
     except ModelcrateError as error:
         if os.environ.get("MODELCRATE_TRACEBACK"):
             raise
@@ -68,7 +72,14 @@ def exit_on_error() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(0) from None
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def raise_if_interrupted() -> None:
+    """Interrupt now if a signal came earlier: one that comes while a C++ library calls back into Python is caught there and forgotten."""
+    if _interrupts:
+        raise KeyboardInterrupt
 
 
 @app.command()
@@ -249,7 +260,8 @@ def _print_instances(out: Console, file: Path, instances: list[Instance], runner
         out.print(f"{file}: nothing above the threshold", markup=False)
         return
     has_keypoints = any(instance.keypoints is not None for instance in instances)
-    table = Table(title=str(file), title_justify="left")
+    out.print(str(file), style="italic", markup=False, soft_wrap=True)
+    table = Table()
     for heading in ["", "class", "box (left, top, right, bottom)", "score"] + (["keypoints", "mean keypoint score"] if has_keypoints else []):
         table.add_column(heading, no_wrap=heading.startswith("box"))
     for i, instance in enumerate(instances):
@@ -271,7 +283,8 @@ def _print_bundle(bundle: Bundle) -> None:
 
     out, _ = consoles()
     manifest = bundle.manifest
-    table = Table(show_header=False, title=str(bundle.root), title_justify="left")
+    out.print(str(bundle.root), style="italic", markup=False, soft_wrap=True)
+    table = Table(show_header=False)
     table.add_row("task", str(bundle.deploy.task))
     table.add_row("backend", bundle.model.backend)
     table.add_row("component", f"{bundle.pipeline.postprocess.module}.{bundle.pipeline.postprocess.component}")

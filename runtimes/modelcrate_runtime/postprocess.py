@@ -97,9 +97,9 @@ class BoxDecoder:
         else:
             np.clip(mapped, 0, np.array([width, height, width, height], dtype=np.float32), out=mapped)
         sides = mapped[:, 2:] - mapped[:, :2]
-        keep = (sides >= self._params.min_bbox_size).all(axis=1)
-        if self._geometry == "exact":
-            keep &= (sides > 0).all(axis=1)
+        # MMDetection drops a side that is equal to the least size, the SDK keeps it.
+        least = self._params.min_bbox_size
+        keep = ((sides >= least) if self._geometry == "sdk" else (sides > max(least, 0.0))).all(axis=1)
         return Detections(boxes_xyxy=mapped[keep], scores=scores[keep].astype(np.float32), labels=labels[keep].astype(np.int32))
 
     def _decode_raw(self, outputs: Outputs, metas: Sequence[ImageMeta], params: RawHeadParams) -> list[Detections]:
@@ -174,7 +174,8 @@ def suppress(boxes_xyxy: Tensor, scores: Tensor, *, iou_threshold: float, classe
         Indices of the boxes that stay, best first; equal scores keep their order.
     """
     order = np.argsort(-scores, kind="stable")
-    left, top, right, bottom = boxes_xyxy[order].T
+    # As ONNX's NonMaxSuppression: any two opposite corners will do, and a box of negative distances is measured the right way round.
+    (left, top), (right, bottom) = (corner(boxes_xyxy[order, :2], boxes_xyxy[order, 2:]).T for corner in (np.minimum, np.maximum))
     areas = (right - left) * (bottom - top)
     group = None if classes is None else classes[order]
     alive = np.ones(len(order), dtype=bool)

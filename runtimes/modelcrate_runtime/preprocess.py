@@ -262,7 +262,8 @@ def _resize(pixels: Image, transform: Resize, meta: ImageMeta, *, geometry: Geom
     """Spec 2.2. The SDK keeps the ratio in float32, MMCV in double: they differ for a few odd sizes."""
     height, width = pixels.shape[:2]
     target_w, target_h = _pair(transform.size)
-    if target_h == -1:
+    is_short_edge = target_h == -1
+    if is_short_edge:
         short = target_w
         target_w, target_h = (short, short * height // width) if width < height else (short * width // height, short)
     if transform.keep_ratio:
@@ -272,6 +273,8 @@ def _resize(pixels: Image, transform: Resize, meta: ImageMeta, *, geometry: Geom
             single = np.float32(ratio)
             new_w, new_h = int(float(np.float32(width) * single) + 0.5), int(float(np.float32(height) * single) + 0.5)
         else:
+            # MMCV matches long side to long side, which leaves a landscape target with a portrait image; this fits both into it.
+            ratio = min(ratio, target_w / width, target_h / height) if not is_short_edge else ratio
             new_w, new_h = int(width * ratio + 0.5), int(height * ratio + 0.5)
     else:
         new_w, new_h = target_w, target_h

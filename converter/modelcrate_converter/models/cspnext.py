@@ -21,7 +21,7 @@ class CSPNeXt(nn.Module):
 
     def __init__(self, shapes: Shapes) -> None:
         super().__init__()
-        stem = shapes / "stem"
+        stem = (shapes / "stem").require(indices=3)
         self.stem = nn.Sequential(*(ConvModule(stem / i, stride=2 if i == 0 else 1) for i in stem.indices()))
         for number in range(1, 5):
             stage = shapes / f"stage{number}"
@@ -30,7 +30,7 @@ class CSPNeXt(nn.Module):
             if has_pooling:
                 layers.append(SPPBottleneck(stage / 1))
             # Upstream adds the identity in all stages but the one that pools.
-            layers.append(CSPLayer(stage / len(layers), add_identity=not has_pooling))
+            layers.append(CSPLayer(stage / len(layers), add_identity=not has_pooling, attention=True))
             self.add_module(f"stage{number}", nn.Sequential(*layers))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,11 +57,17 @@ class CSPNeXtPAFPN(nn.Module):
     def __init__(self, shapes: Shapes) -> None:
         super().__init__()
         parts = {name: shapes / name for name in ("reduce_layers", "top_down_blocks", "downsamples", "bottom_up_blocks", "out_convs")}
+        for name, part in parts.items():
+            part.require(indices=3 if name == "out_convs" else 2)
         self.reduce_layers = nn.ModuleList(ConvModule(parts["reduce_layers"] / i) for i in parts["reduce_layers"].indices())
         self.upsample = nn.Upsample(scale_factor=2, mode="nearest")
-        self.top_down_blocks = nn.ModuleList(CSPLayer(parts["top_down_blocks"] / i, add_identity=False) for i in parts["top_down_blocks"].indices())
+        self.top_down_blocks = nn.ModuleList(
+            CSPLayer(parts["top_down_blocks"] / i, add_identity=False, attention=False) for i in parts["top_down_blocks"].indices()
+        )
         self.downsamples = nn.ModuleList(conv_module(parts["downsamples"] / i, stride=2) for i in parts["downsamples"].indices())
-        self.bottom_up_blocks = nn.ModuleList(CSPLayer(parts["bottom_up_blocks"] / i, add_identity=False) for i in parts["bottom_up_blocks"].indices())
+        self.bottom_up_blocks = nn.ModuleList(
+            CSPLayer(parts["bottom_up_blocks"] / i, add_identity=False, attention=False) for i in parts["bottom_up_blocks"].indices()
+        )
         self.out_convs = nn.ModuleList(conv_module(parts["out_convs"] / i) for i in parts["out_convs"].indices())
 
     def forward(self, features: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -31,6 +31,29 @@ class Shapes:
         self._table = table
         self._prefix = prefix
 
+    def require(self, *, indices: int) -> Shapes:
+        """The same view, after a look that it has just the parts 0 to `indices` - 1.
+
+        Raises:
+            ArchitectureError: it has others.
+        """
+        found = sorted({key.removeprefix(self._prefix).partition(".")[0] for key in self._table if key.startswith(self._prefix)})
+        if found != [str(i) for i in range(indices)]:
+            raise ArchitectureError(
+                f"checkpoint: {self._prefix[:-1]}: expected {indices} parts, found {', '.join(found) or 'none'}", hint="is the checkpoint whole?"
+            )
+        return self
+
+    def expect(self, key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of a tensor that can only have one.
+
+        Raises:
+            ArchitectureError: it has another.
+        """
+        if self[key] != shape:
+            raise ArchitectureError(f"checkpoint: {self._prefix}{key}: expected shape {shape}, found {self[key]}", hint="is the checkpoint whole?")
+        return shape
+
     def __truediv__(self, name: str | int) -> Shapes:
         """The part under `name`."""
         return Shapes(self._table, f"{self._prefix}{name}.")
@@ -127,14 +150,14 @@ class ChannelAttention(nn.Module):
 class CSPLayer(nn.Module):
     """Cross-stage-partial layer: blocks on one half of the channels, the other half goes around them."""
 
-    def __init__(self, shapes: Shapes, *, add_identity: bool) -> None:
+    def __init__(self, shapes: Shapes, *, add_identity: bool, attention: bool) -> None:
         super().__init__()
         self.main_conv = ConvModule(shapes / "main_conv")
         self.short_conv = ConvModule(shapes / "short_conv")
         self.final_conv = ConvModule(shapes / "final_conv")
         blocks = shapes / "blocks"
         self.blocks = nn.Sequential(*(CSPNeXtBlock(blocks / i, add_identity=add_identity) for i in blocks.indices()))
-        self.attention = ChannelAttention(shapes / "attention") if "attention" in shapes else None
+        self.attention = ChannelAttention(shapes / "attention") if attention else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C', H, W)."""

@@ -74,7 +74,10 @@ class RTMDet(nn.Module):
 
 
 def _stacks(shapes: Shapes, *, share_conv: bool) -> nn.ModuleList:
-    levels = [[conv_module(shapes / level / i) for i in (shapes / level).indices()] for level in shapes.indices()]
+    depth = len(list((shapes / 0).indices()))
+    levels = [
+        [conv_module(shapes / level / i) for i in (shapes / level).require(indices=depth).indices()] for level in shapes.require(indices=len(STRIDES)).indices()
+    ]
     if share_conv:
         for modules in levels[1:]:
             for module, first in zip(modules, levels[0], strict=True):
@@ -84,7 +87,7 @@ def _stacks(shapes: Shapes, *, share_conv: bool) -> nn.ModuleList:
 
 def _predictors(shapes: Shapes) -> nn.ModuleList:
     convs = []
-    for level in shapes.indices():
+    for level in shapes.require(indices=len(STRIDES)).indices():
         out, channels, kernel, _ = (shapes / level)["weight"]
         convs.append(nn.Conv2d(channels, out, kernel, padding=kernel // 2))
     return nn.ModuleList(convs)

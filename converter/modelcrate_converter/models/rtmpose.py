@@ -25,7 +25,7 @@ class ScaleNorm(nn.Module):
         super().__init__()
         self.scale = dim**-0.5
         self.eps = 1e-5
-        self.g = nn.Parameter(torch.ones(shapes["g"]))
+        self.g = nn.Parameter(torch.ones(shapes.expect("g", (1,))))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., d)."""
@@ -37,9 +37,9 @@ class ScaleNorm(nn.Module):
 class Scale(nn.Module):
     """A learned factor per channel."""
 
-    def __init__(self, shapes: Shapes) -> None:
+    def __init__(self, shapes: Shapes, *, dim: int) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.ones(shapes["scale"]))
+        self.scale = nn.Parameter(torch.ones(shapes.expect("scale", (dim,))))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., d)."""
@@ -55,23 +55,20 @@ class GatedAttentionUnit(nn.Module):
         doubled, width = shapes["uv.weight"]
         self.s = doubled - 2 * expanded
         self.e = expanded
-        self.gamma = nn.Parameter(torch.ones(shapes["gamma"]))
-        self.beta = nn.Parameter(torch.zeros(shapes["beta"]))
+        self.gamma = nn.Parameter(torch.ones(shapes.expect("gamma", (2, self.s))))
+        self.beta = nn.Parameter(torch.zeros(shapes.expect("beta", (2, self.s))))
         self.uv = nn.Linear(width, doubled, bias=False)
         self.o = nn.Linear(expanded, out, bias=False)
         self.ln = ScaleNorm(shapes / "ln", dim=width)
-        self.res_scale = Scale(shapes / "res_scale") if "res_scale" in shapes else None
-        self.shortcut = width == out
+        shapes.expect("o.weight", (width, expanded))  # upstream has a shortcut only around equal widths, and RTMPose always has it
+        self.res_scale = Scale(shapes / "res_scale", dim=width)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, K, d) tokens -> (N, K, d')."""
         u, v, base = torch.split(F.silu(self.uv(self.ln(x))), [self.e, self.e, self.s], dim=2)
         q, k = torch.unbind(base.unsqueeze(2) * self.gamma[None, None] + self.beta, dim=2)
         kernel = F.relu(torch.bmm(q, k.transpose(1, 2)) / math.sqrt(self.s)).square()
-        main = self.o(u * torch.bmm(kernel, v))
-        if not self.shortcut:
-            return main  # type: ignore[no-any-return]
-        return main + (x if self.res_scale is None else self.res_scale(x))  # type: ignore[no-any-return]
+        return self.o(u * torch.bmm(kernel, v)) + self.res_scale(x)  # type: ignore[no-any-return]
 
 
 class RTMCCHead(nn.Module):

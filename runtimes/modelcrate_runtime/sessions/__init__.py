@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol, cast
 
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 
     from modelcrate_bundle.bundle import Bundle
     from modelcrate_bundle.tensors import TensorSpec
+
+
+# ONNX Runtime reports home from the moment it is imported, whoever imports it; this must be set before that.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -71,6 +71,8 @@ class OnnxRuntimeSession:
                 f"onnxruntime {ort.__version__}: expected the provider {missing[0]}, found {', '.join(available)}",
                 hint="install the ONNX Runtime build that has it (for CUDA: pip install onnxruntime-gpu), or use the device cpu",
             )
+        if options.threads is not None and options.threads < 1:
+            raise ConfigError(f"threads: expected at least 1, found {options.threads}")
         self.threads = options.threads or usable_cores()
         settings = ort.SessionOptions()
         settings.intra_op_num_threads = self.threads
@@ -94,8 +96,10 @@ class OnnxRuntimeSession:
         """Run once.
 
         Raises:
-            InputError: a name, shape or dtype that the graph does not take.
+            InputError: a name, shape or dtype that the graph does not take; or the session is closed.
         """
+        if self._session is None:
+            raise InputError("onnxruntime: expected an open session, found a closed one", hint="run it inside the with block")
         try:
             values = self._session.run(self._names, feeds)
         except Exception as error:  # ONNX Runtime's own exceptions share no base class but Exception
@@ -123,7 +127,7 @@ def _load_error(path: Path, error: Exception) -> BundleIntegrityError | Unsuppor
     text = _message(error)
     if any(words in text for words in _UNSUPPORTED):
         return UnsupportedBundleError(
-            f"{path}: expected operators and versions that this ONNX Runtime has, found: {text[-300:]}",
+            f"{path}: expected operators that ONNX Runtime has, found: {text[-300:]}",
             hint="convert the checkpoint with modelcrate: its graphs need no custom operators, opset 17 and IR 8",
         )
     return BundleIntegrityError(f"{path}: expected an ONNX graph, found: {text[-300:]}", hint="copy the bundle again from where it was built, or convert again")
