@@ -2,7 +2,7 @@
 
 usage: .venv/bin/python scripts/bench_runtime.py [--rounds 30] [--json FILE]
 
-Weights are random: speed does not depend on them. Peers take turns, call by call, each in its own process; the ratio is that of the medians.
+Weights are random: speed does not depend on them. Peers take turns in blocks of ten calls, each in its own process; the ratio is that of the medians.
 Needs `.venv-sdk` (scripts/setup-sdk) for the comparison and says so where it is missing.
 """
 
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -58,7 +59,7 @@ print(time.perf_counter() - loaded)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=30, help="timed calls of each peer")
+    parser.add_argument("--rounds", type=int, default=60, help="timed calls of each peer")
     parser.add_argument("--json", type=Path, help="write the figures there")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -109,13 +110,13 @@ def overhead(folder: Path, image: np.ndarray, box: np.ndarray, rounds: int) -> d
         inside: list[float] = []
         run = pose.session.run
 
-        def timed(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        def timed_run(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             started = time.perf_counter()
             outputs = run(feeds)
             inside.append(time.perf_counter() - started)
             return outputs
 
-        pose.session.run = timed  # type: ignore[method-assign]  # the measurement itself
+        pose.session.run = timed_run  # type: ignore[method-assign]  # the measurement itself
         calls = []
         for _ in range(rounds):
             started = time.perf_counter()
@@ -124,6 +125,21 @@ def overhead(folder: Path, image: np.ndarray, box: np.ndarray, rounds: int) -> d
     shares = [(call - run_s) / call for call, run_s in zip(calls, inside, strict=True)]
     shown = f"{100 * median(shares):.1f} % of {1e3 * median(calls):.1f} ms"
     return {"what": "PoseDetector outside session.run, RTMPose-m, one box", "share": median(shares), "shown": shown, "bar": "<= 5 %"}
+
+
+def timed(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def ask(server: subprocess.Popen[str]) -> float:
+    """The seconds of one call in the peer's process."""
+    assert server.stdin is not None
+    assert server.stdout is not None
+    server.stdin.write("go\n")
+    server.stdin.flush()
+    return float(next(line for line in server.stdout if line.startswith("TIME")).split()[1])
 
 
 def against_sdk(folder: Path, size: str, image: np.ndarray, boxes: np.ndarray, rounds: int) -> list[dict[str, object]]:
@@ -137,23 +153,19 @@ def against_sdk(folder: Path, size: str, image: np.ndarray, boxes: np.ndarray, r
             arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=os.environ | {"SPDLOG_LEVEL": "off"}
         )
     times: dict[str, list[float]] = {"ours": [], "session.run": [], "mmdeploy_runtime": []}
+
+    def block(what: str, call: Callable[[], float]) -> None:
+        """Consecutive calls, as in a stream of frames; the first two, in which threads wake up, do not count."""
+        time.sleep(0.2)  # until the threads of whoever ran before have stopped to spin
+        times[what] += [call() for _ in range(12)][2:]
+
     with PoseDetector(bundle, warmup=1) as pose:
         tensor = np.zeros((len(boxes), 3, 256, 192), dtype=np.float32)
-        for i in range(rounds + 3):
+        for _ in range(max(1, rounds // 10)):
             if server is not None:
-                assert server.stdin is not None
-                assert server.stdout is not None
-                server.stdin.write("go\n")
-                server.stdin.flush()
-                line = next(line for line in server.stdout if line.startswith("TIME"))
-                times["mmdeploy_runtime"].append(float(line.split()[1]))
-            for what, call in (("ours", lambda: pose(image, boxes)), ("session.run", lambda: pose.session.run({"input": tensor}))):
-                time.sleep(0.005)  # the peer's threads stop spinning
-                started = time.perf_counter()
-                call()
-                times[what].append(time.perf_counter() - started)
-            if i == 2:  # three rounds of warm-up
-                times = {key: [] for key in times}
+                block("mmdeploy_runtime", lambda: ask(server))
+            block("ours", lambda: timed(lambda: pose(image, boxes)))
+            block("session.run", lambda: timed(lambda: pose.session.run({"input": tensor})))
     if server is not None:
         with PoseDetector(bundle, geometry="sdk") as pose:
             difference = np.abs(pose(image, boxes) - np.load(folder / "sdk.npy")).max()

@@ -11,6 +11,7 @@ Image and network coordinates are in pixels, x to the right, y down; the centre 
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
@@ -54,9 +55,9 @@ def to_image(points_xy: Points, crops: list[Crop]) -> Points:
     Returns:
         (N, K, 2) float32 in image pixels.
     """
-    step = np.array([crop.step_xy for crop in crops], dtype=np.float64)[:, None, :]
-    origin = np.array([crop.origin_xy for crop in crops], dtype=np.float64)[:, None, :]
-    return (points_xy * step + origin).astype(np.float32)
+    maps = np.array([(*crop.step_xy, *crop.origin_xy) for crop in crops])[:, None, :]
+    mapped: Points = (points_xy * maps[..., :2] + maps[..., 2:]).astype(np.float32)
+    return mapped
 
 
 def as_boxes(boxes: ArrayLike | None, *, image_hw: tuple[int, int]) -> NDArray[np.float32]:
@@ -85,9 +86,9 @@ def as_boxes(boxes: ArrayLike | None, *, image_hw: tuple[int, int]) -> NDArray[n
         array = array[None]
     if array.ndim != 2 or array.shape[1] != 4:
         raise InputError(f"boxes: expected shape (4,) or (N, 4), found {np.shape(boxes)}", hint="a box is (left, top, right, bottom) in image pixels")
-    bad = ~np.isfinite(array).all(axis=1) | (array[:, 2] < array[:, 0]) | (array[:, 3] < array[:, 1])
-    if bad.any():
-        index = int(np.flatnonzero(bad)[0])
+    if not (np.isfinite(array).all() and (array[:, 2:] >= array[:, :2]).all()):
+        good = np.isfinite(array).all(axis=1) & (array[:, 2:] >= array[:, :2]).all(axis=1)
+        index = int(np.flatnonzero(~good)[0])
         raise InputError(
             f"box {index}: expected finite numbers with left <= right and top <= bottom, found {tuple(float(v) for v in array[index])}",
             hint="a box is (left, top, right, bottom) in image pixels; convert (x, y, width, height) first",
@@ -139,18 +140,70 @@ def crop_exact(image: Image, box_xyxy: NDArray[np.float32], *, size_wh: tuple[in
 
 
 def _three_point_matrix(center: NDArray[np.float32], box_w: np.float32, size_wh: tuple[int, int]) -> NDArray[np.float64]:
-    """The warp as MMPose computes it, from three float32 points: the same rounding gives the same crop."""
+    """The warp as MMPose computes it, from three float32 points: the same rounding gives the same crop.
+
+    The points are the centre, the middle of the left side, and that one moved down by the distance between them.
+    """
+    x, y = center
+    left = x + box_w * np.float32(-0.5)
+    source = np.array(((x, y), (left, y), (left, y + (x - left))), dtype=np.float32)
+    return cv2.getAffineTransform(source, _three_points(size_wh))  # type: ignore[return-value]
+
+
+@functools.cache
+def _three_points(size_wh: tuple[int, int]) -> NDArray[np.float32]:
+    half_w, half_h = size_wh[0] * 0.5, size_wh[1] * 0.5
+    return np.array(((half_w, half_h), (0, half_h), (0, half_h + half_w)), dtype=np.float32)
+
+
+_INT16_LIMIT: Final = 2**25
+"""Where a position with ten fractional bits leaves int16; OpenCV saturates there."""
+
+
+@functools.cache
+def _indices(count: int) -> NDArray[np.float64]:
+    return np.arange(count, dtype=np.float64)
+
+
+def _straight_map(step_x: float, x0: float, step_y: float, y0: float, *, size_wh: tuple[int, int]) -> tuple[NDArray[np.int16], NDArray[np.uint16]]:
+    """Where each sample lies, without rotation, as in every top-down crop: one row and one column say it all.
+
+    10 fractional bits while adding, 5 kept, the 16 rounds: OpenCV 4's `warpAffine`. Scaling by 1024 commutes with the rounding of doubles.
+
+    Returns:
+        (height, width, 2) int16 whole pixels and (height, width) uint16 index of the fraction, as `cv2.remap` takes them.
+    """
     width, height = size_wh
-    source = np.zeros((3, 2), dtype=np.float32)
-    target = np.zeros((3, 2), dtype=np.float32)
-    source[0] = center
-    source[1] = center + np.array([box_w * np.float32(-0.5), 0], dtype=np.float32)
-    target[0] = (width * 0.5, height * 0.5)
-    target[1] = target[0] + np.array([width * -0.5, 0], dtype=np.float32)
-    for points in (source, target):
-        direction = points[0] - points[1]
-        points[2] = points[1] + np.array([-direction[1], direction[0]], dtype=np.float32)
-    return cv2.getAffineTransform(source, target)  # type: ignore[return-value]
+    exact = np.empty(width + height)
+    np.multiply(_indices(width), step_x * 1024, out=exact[:width])
+    np.multiply(_indices(height), step_y * 1024, out=exact[width:])
+    exact[width:] += y0 * 1024
+    np.rint(exact, out=exact)
+    exact[:width] += round(x0 * 1024)
+    ends = (exact[0], exact[width - 1], exact[width], exact[-1])
+    if max(ends) >= _INT16_LIMIT or min(ends) < -_INT16_LIMIT:
+        np.clip(exact, -_INT16_LIMIT, _INT16_LIMIT - 1 - 16, out=exact)
+    fixed = exact.astype(np.int32)
+    fixed += 16
+    pixels, bits = fixed >> 10, ((fixed >> 5) & 31).astype(np.uint16)
+    whole = np.empty((height, width, 2), dtype=np.int16)
+    whole[..., 0], whole[..., 1] = pixels[:width], pixels[width:, None]
+    fraction: NDArray[np.uint16] = (bits[width:, None] << 5) | bits[:width]  # type: ignore[assignment]  # a shift by an int keeps the dtype
+    return whole, fraction
+
+
+def _rotated_map(
+    x_row: tuple[float, float, float], y_row: tuple[float, float, float], *, size_wh: tuple[int, int]
+) -> tuple[NDArray[np.int16], NDArray[np.uint16]]:
+    """`_straight_map` for any affine map; the arguments are the rows of the matrix network -> image."""
+    columns, rows = _indices(size_wh[0]), _indices(size_wh[1])
+    fixed = []
+    for of_column, of_row, offset in (x_row, y_row):
+        exact = (np.rint((of_row * rows + offset) * 1024) + 16)[:, None] + np.rint(of_column * columns * 1024)
+        fixed.append(np.clip(exact, -_INT16_LIMIT, _INT16_LIMIT - 1).astype(np.int32) >> 5)
+    fraction = ((fixed[1] & 31) << 5) | (fixed[0] & 31)
+    whole: NDArray[np.int16] = np.stack([axis >> 5 for axis in fixed], axis=-1).astype(np.int16)
+    return whole, fraction.astype(np.uint16)
 
 
 def warp_affine(image: Image, matrix: NDArray[np.floating], *, size_wh: tuple[int, int]) -> Image:
@@ -168,23 +221,15 @@ def warp_affine(image: Image, matrix: NDArray[np.floating], *, size_wh: tuple[in
         (height, width, C) uint8, black outside the image.
     """
     width, height = size_wh
-    m00, m01, m02, m10, m11, m12 = (float(v) for v in np.asarray(matrix, dtype=np.float64).ravel())
+    (m00, m01, m02), (m10, m11, m12) = matrix.astype(np.float64).tolist()
     determinant = m00 * m11 - m01 * m10
     inverse = 1.0 / determinant if determinant else 0.0
     a00, a01, a10, a11 = m11 * inverse, m01 * -inverse, m10 * -inverse, m00 * inverse
     b0, b1 = -a00 * m02 - a01 * m12, -a10 * m02 - a11 * m12
-    columns, rows = np.arange(width), np.arange(height)
-    # 10 fractional bits while adding, 5 kept; the 16 rounds.
-    x_of_row, y_of_row = np.rint((a01 * rows + b0) * 1024) + 16, np.rint((a11 * rows + b1) * 1024) + 16
-    x_of_column, y_of_column = np.rint(a00 * columns * 1024), np.rint(a10 * columns * 1024)
-    if y_of_column.any() or (x_of_row != x_of_row[0]).any():
-        x, y = x_of_row[:, None] + x_of_column, y_of_row[:, None] + y_of_column
-    else:  # no rotation, as in every top-down crop: one row and one column say it all
-        x, y = (x_of_row[0] + x_of_column)[None, :], y_of_row[:, None]
-    x, y = (np.clip(v, -(2**30), 2**30).astype(np.int32) >> 5 for v in (x, y))
-    whole = np.empty((height, width, 2), dtype=np.int16)
-    whole[..., 0], whole[..., 1] = np.clip(x >> 5, -(2**15), 2**15 - 1), np.clip(y >> 5, -(2**15), 2**15 - 1)
-    fraction = ((y & 31) << 5).astype(np.uint16) | (x & 31).astype(np.uint16)
+    if abs(a01) * height + abs(a10) * width < 1e-9:
+        whole, fraction = _straight_map(a00, b0, a11, b1, size_wh=size_wh)
+    else:
+        whole, fraction = _rotated_map((a00, a01, b0), (a10, a11, b1), size_wh=size_wh)
     warped = cv2.remap(image, whole, fraction, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=0)
     return warped.reshape(height, width, image.shape[2])  # type: ignore[return-value]  # OpenCV's stubs lose the dtype
 

@@ -258,12 +258,12 @@ def decode_simcc(simcc_x: Tensor, simcc_y: Tensor, *, split_ratio: float) -> tup
         (N, K, 2) float32 in network pixels, -1 / split_ratio where the score is not positive; and (N, K) float32 scores, the smaller maximum.
     """
     x, y = simcc_x.argmax(axis=2), simcc_y.argmax(axis=2)
-    best_x = np.take_along_axis(simcc_x, x[:, :, None], axis=2)[:, :, 0]
-    best_y = np.take_along_axis(simcc_y, y[:, :, None], axis=2)[:, :, 0]
-    scores = np.minimum(best_x, best_y)
-    points = np.stack([x, y], axis=2).astype(np.float32)
+    scores = np.minimum(simcc_x.max(axis=2), simcc_y.max(axis=2))
+    points = np.empty((*scores.shape, 2), dtype=np.float32)
+    points[..., 0], points[..., 1] = x, y
     points[scores <= 0] = -1
-    return points / np.float32(split_ratio), scores
+    points /= np.float32(split_ratio)
+    return points, scores
 
 
 def _unsupported(pipeline: Pipeline, known: tuple[str, ...], *, where: str) -> UnsupportedBundleError:

@@ -1,7 +1,7 @@
 """From an image to the network's input, driven by the transforms of pipeline.json alone (spec section 2).
 
 A `Preprocessor` is compiled once per bundle: what cannot be run is refused when the bundle is opened, not at the first image. The transforms
-up to Normalize work on uint8 pixels; Normalize is a table look-up per channel, and the planes go straight into the batch.
+up to Normalize work on uint8 pixels; the normalised planes go straight into the batch.
 """
 
 from __future__ import annotations
@@ -141,13 +141,13 @@ class Preprocessor:
         std = self._normalize.std if self._normalize else [1.0] * channels
         if len(mean) != channels or len(std) != channels or 0.0 in std:
             raise UnsupportedBundleError(f"{where}: Normalize: expected {channels} means and non-zero standard deviations, found {mean} and {std}")
-        # The SDK multiplies with the float32 reciprocal; a table of all 256 levels gives its numbers exactly, at the price of a look-up.
-        inverse = np.float32(1) / np.asarray(std, dtype=np.float32)
-        levels = np.arange(256, dtype=np.float32)
-        self._tables = [((levels - np.float32(m)) * inverse[c]).reshape(1, 256) for c, m in enumerate(mean)]
-        swap = bool(self._normalize and self._normalize.to_rgb and channels == 3)
-        self._source_channel = (2, 1, 0) if swap else tuple(range(channels))
+        # As the SDK: float32 throughout, times the reciprocal.
+        self._mean = np.asarray(mean, dtype=np.float32)[:, None, None]
+        self._inverse = np.float32(1) / np.asarray(std, dtype=np.float32)[:, None, None]
+        self._swap = bool(self._normalize and self._normalize.to_rgb and channels == 3)
         self._channels = channels
+        pad = next((t for t in self._before if isinstance(t, Pad) and t.size is not None and not t.pad_to_square), None)
+        self._room_wh = _pair(pad.size) if pad is not None and pad.size is not None else None
 
     def _place(self, transform: Transform, *, index: int, is_normalized: bool) -> None:
         """Sort one transform into load, before Normalize, after it."""
@@ -227,18 +227,28 @@ class Preprocessor:
             self._fill(patch, tensor[index])
             return crop
 
-        # OpenCV works on one crop with one thread; several crops keep several cores busy.
-        several = len(array) > 1
-        return tensor, list(_workers().map(one, range(len(array)))) if several else [one(i) for i in range(len(array))]
+        # OpenCV works on one crop with one thread; several crops keep several cores busy, this thread's among them.
+        share = max(1, -(-len(array) // usable_cores()))
+        parts = [range(start, min(start + share, len(array))) for start in range(0, len(array), share)]
+        pending = [_workers().submit(lambda part: [one(i) for i in part], part) for part in parts[1:]]
+        crops = [one(i) for i in parts[0]] if parts else []
+        for future in pending:
+            crops += future.result()
+        return tensor, crops
 
     def _fill(self, pixels: Image, planes: NDArray[np.float32]) -> None:
         """Normalize (h, w, C) uint8 pixels into (C, h, w) float32 planes of a batch."""
-        for plane, table, channel in zip(planes, self._tables, self._source_channel, strict=True):
-            cv2.LUT(cv2.extractChannel(pixels, channel), table, dst=plane)
+        separate = np.empty(planes.shape, dtype=np.uint8)
+        if self._channels == 1:
+            separate[0] = pixels[:, :, 0]
+        else:
+            cv2.split(pixels, list(separate[::-1]) if self._swap else list(separate))
+        np.subtract(separate, self._mean, out=planes)
+        np.multiply(planes, self._inverse, out=planes)
 
     def _apply(self, transform: Transform, pixels: Image, meta: ImageMeta) -> Image:
         if isinstance(transform, Resize):
-            return _resize(pixels, transform, meta, geometry=self._geometry)
+            return _resize(pixels, transform, meta, geometry=self._geometry, room_wh=self._room_wh)
         if isinstance(transform, LetterResize):
             return _letter_resize(pixels, transform, meta)
         if isinstance(transform, Pad):
@@ -258,12 +268,15 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else size
 
 
-def _resize(pixels: Image, transform: Resize, meta: ImageMeta, *, geometry: Geometry) -> Image:
-    """Spec 2.2. The SDK keeps the ratio in float32, MMCV in double: they differ for a few odd sizes."""
+def _resize(pixels: Image, transform: Resize, meta: ImageMeta, *, geometry: Geometry, room_wh: tuple[int, int] | None) -> Image:
+    """Spec 2.2. The SDK keeps the ratio in float32, MMCV in double: they differ for a few odd sizes.
+
+    Both match long side to long side, so that a portrait image leaves a landscape target; where a Pad to a fixed size follows, which would
+    then fail, exact geometry fits the image into `room_wh` instead. For square targets it is all the same.
+    """
     height, width = pixels.shape[:2]
     target_w, target_h = _pair(transform.size)
-    is_short_edge = target_h == -1
-    if is_short_edge:
+    if target_h == -1:
         short = target_w
         target_w, target_h = (short, short * height // width) if width < height else (short * width // height, short)
     if transform.keep_ratio:
@@ -273,8 +286,8 @@ def _resize(pixels: Image, transform: Resize, meta: ImageMeta, *, geometry: Geom
             single = np.float32(ratio)
             new_w, new_h = int(float(np.float32(width) * single) + 0.5), int(float(np.float32(height) * single) + 0.5)
         else:
-            # MMCV matches long side to long side, which leaves a landscape target with a portrait image; this fits both into it.
-            ratio = min(ratio, target_w / width, target_h / height) if not is_short_edge else ratio
+            if room_wh is not None and (width * ratio > room_wh[0] + 0.5 or height * ratio > room_wh[1] + 0.5):
+                ratio = min(room_wh[0] / width, room_wh[1] / height)
             new_w, new_h = int(width * ratio + 0.5), int(height * ratio + 0.5)
     else:
         new_w, new_h = target_w, target_h

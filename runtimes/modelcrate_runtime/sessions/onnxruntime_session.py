@@ -78,6 +78,8 @@ class OnnxRuntimeSession:
         settings.intra_op_num_threads = self.threads
         settings.inter_op_num_threads = 1
         settings.log_severity_level = 3
+        # Between calls the cores belong to preprocessing and to other networks, not to threads that spin in wait for the next call.
+        settings.add_session_config_entry("session.force_spinning_stop", "1")
         chosen: list[Any] = [(name, {"device_id": str(options.device_id)}) if name.startswith("CUDA") else name for name in wanted]
         try:
             self._session: Any = ort.InferenceSession(str(path), settings, providers=chosen)
