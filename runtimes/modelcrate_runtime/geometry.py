@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 import cv2
 import numpy as np
@@ -116,35 +116,45 @@ def crop_exact(image: Image, box_xyxy: NDArray[np.float32], *, size_wh: tuple[in
     Returns:
         The (height, width, 3) uint8 crop, black where it leaves the image, and its map back.
     """
+    row, crop = plan_exact(box_xyxy, size_wh=size_wh, padding=padding, use_udp=use_udp)
+    return StraightWarps.of([row], size_wh=size_wh).apply(image, 0), crop
+
+
+def plan_exact(box_xyxy: NDArray[np.float32], *, size_wh: tuple[int, int], padding: float, use_udp: bool) -> tuple[tuple[float, float, float, float], Crop]:
+    """The arithmetic of `crop_exact` without the pixels.
+
+    Returns:
+        What `StraightWarps.of` takes of this crop, and its map back.
+    """
     width, height = size_wh
+    half, one = np.float32(0.5), np.float32(1)
     left, top, right, bottom = box_xyxy
-    center = np.array([(left + right) * np.float32(0.5), (top + bottom) * np.float32(0.5)], dtype=np.float32)
-    box_w = np.float32(max(right - left, np.float32(1))) * np.float32(padding)
-    box_h = np.float32(max(bottom - top, np.float32(1))) * np.float32(padding)
+    x, y = (left + right) * half, (top + bottom) * half
+    box_w = max(right - left, one) * np.float32(padding)
+    box_h = max(bottom - top, one) * np.float32(padding)
     aspect = np.float32(width / height)
     if box_w > box_h * aspect:
         box_h = box_w / aspect
     else:
         box_w = box_h * aspect
+    size_x, size_y, center_x, center_y = float(box_w), float(box_h), float(x), float(y)
     if use_udp:
-        step_x, step_y = float(box_w) / (width - 1), float(box_h) / (height - 1)
+        step_x, step_y = size_x / (width - 1), size_y / (height - 1)
         matrix: NDArray[np.floating] = np.array(
-            [[1 / step_x, 0, (0.5 * float(box_w) - float(center[0])) / step_x], [0, 1 / step_y, (0.5 * float(box_h) - float(center[1])) / step_y]],
-            dtype=np.float32,
+            [[1 / step_x, 0, (0.5 * size_x - center_x) / step_x], [0, 1 / step_y, (0.5 * size_y - center_y) / step_y]], dtype=np.float32
         )
     else:
-        step_x, step_y = float(box_w) / width, float(box_h) / height
-        matrix = _three_point_matrix(center, box_w, size_wh)
-    crop = Crop(step_xy=(step_x, step_y), origin_xy=(float(center[0]) - 0.5 * float(box_w), float(center[1]) - 0.5 * float(box_h)))
-    return warp_affine(image, matrix, size_wh=size_wh), crop
+        step_x, step_y = size_x / width, size_y / height
+        matrix = _three_point_matrix(x, y, box_w, size_wh)
+    (a00, _, b0), (_, a11, b1) = _inverted(matrix)
+    return (a00, b0, a11, b1), Crop(step_xy=(step_x, step_y), origin_xy=(center_x - 0.5 * size_x, center_y - 0.5 * size_y))
 
 
-def _three_point_matrix(center: NDArray[np.float32], box_w: np.float32, size_wh: tuple[int, int]) -> NDArray[np.float64]:
+def _three_point_matrix(x: np.float32, y: np.float32, box_w: np.float32, size_wh: tuple[int, int]) -> NDArray[np.float64]:
     """The warp as MMPose computes it, from three float32 points: the same rounding gives the same crop.
 
     The points are the centre, the middle of the left side, and that one moved down by the distance between them.
     """
-    x, y = center
     left = x + box_w * np.float32(-0.5)
     source = np.array(((x, y), (left, y), (left, y + (x - left))), dtype=np.float32)
     return cv2.getAffineTransform(source, _three_points(size_wh))  # type: ignore[return-value]
@@ -165,37 +175,59 @@ def _indices(count: int) -> NDArray[np.float64]:
     return np.arange(count, dtype=np.float64)
 
 
-def _straight_map(step_x: float, x0: float, step_y: float, y0: float, *, size_wh: tuple[int, int]) -> tuple[NDArray[np.int16], NDArray[np.uint16]]:
-    """Where each sample lies, without rotation, as in every top-down crop: one row and one column say it all.
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class StraightWarps:
+    """Where the samples of N warps without rotation lie: for each warp one row and one column say it all.
 
-    10 fractional bits while adding, 5 kept, the 16 rounds: OpenCV 4's `warpAffine`. Scaling by 1024 commutes with the rounding of doubles.
+    Positions have 10 fractional bits while they are added up, 5 are kept, and 16 rounds: OpenCV 4's `warpAffine` (see `warp_affine`).
 
-    Returns:
-        (height, width, 2) int16 whole pixels and (height, width) uint16 index of the fraction, as `cv2.remap` takes them.
+    Attributes:
+        pixels: (N, width + height) int16 whole image pixels, of the columns and then of the rows.
+        bits: (N, width + height) uint16 fractions in 1/32 pixel.
+        size_wh: (width, height) of the results in pixels.
     """
-    width, height = size_wh
-    exact = np.empty(width + height)
-    np.multiply(_indices(width), step_x * 1024, out=exact[:width])
-    np.multiply(_indices(height), step_y * 1024, out=exact[width:])
-    exact[width:] += y0 * 1024
-    np.rint(exact, out=exact)
-    exact[:width] += round(x0 * 1024)
-    ends = (exact[0], exact[width - 1], exact[width], exact[-1])
-    if max(ends) >= _INT16_LIMIT or min(ends) < -_INT16_LIMIT:
-        np.clip(exact, -_INT16_LIMIT, _INT16_LIMIT - 1 - 16, out=exact)
-    fixed = exact.astype(np.int32)
-    fixed += 16
-    pixels, bits = fixed >> 10, ((fixed >> 5) & 31).astype(np.uint16)
-    whole = np.empty((height, width, 2), dtype=np.int16)
-    whole[..., 0], whole[..., 1] = pixels[:width], pixels[width:, None]
-    fraction: NDArray[np.uint16] = (bits[width:, None] << 5) | bits[:width]  # type: ignore[assignment]  # a shift by an int keeps the dtype
-    return whole, fraction
+
+    pixels: NDArray[np.int16]
+    bits: NDArray[np.uint16]
+    size_wh: tuple[int, int]
+
+    @classmethod
+    def of(cls, warps: list[tuple[float, float, float, float]], *, size_wh: tuple[int, int]) -> StraightWarps:
+        """Compute the positions of all warps at once.
+
+        Args:
+            warps: (N) step and origin of x, step and origin of y, in image pixels: image = network * step + origin.
+            size_wh: (width, height) of the results in pixels.
+        """
+        width, height = size_wh
+        # Scaling by 1024 commutes with the rounding of doubles.
+        step_x, x0, step_y, y0 = (np.array(warps) * 1024).T[:, :, None]
+        exact = np.empty((len(warps), width + height))
+        np.multiply(_indices(width), step_x, out=exact[:, :width])
+        np.multiply(_indices(height), step_y, out=exact[:, width:])
+        exact[:, width:] += y0
+        np.rint(exact, out=exact)
+        exact[:, :width] += np.rint(x0)
+        if np.abs(exact).max() >= _INT16_LIMIT - 16:
+            np.clip(exact, -_INT16_LIMIT, _INT16_LIMIT - 17, out=exact)
+        fixed = exact.astype(np.int32)
+        fixed += 16
+        return cls(pixels=(fixed >> 10).astype(np.int16), bits=((fixed >> 5) & 31).astype(np.uint16), size_wh=size_wh)
+
+    def apply(self, image: Image, index: int) -> Image:
+        """Warp number `index` of an (H, W, C) uint8 image: (height, width, C) uint8, black outside the image."""
+        width, height = self.size_wh
+        pixels, bits = self.pixels[index], self.bits[index]
+        whole = np.empty((height, width, 2), dtype=np.int16)
+        whole[..., 0], whole[..., 1] = pixels[:width], pixels[width:, None]
+        fraction = (bits[width:, None] << 5) | bits[:width]
+        return _sampled(image, whole, fraction)
 
 
 def _rotated_map(
     x_row: tuple[float, float, float], y_row: tuple[float, float, float], *, size_wh: tuple[int, int]
 ) -> tuple[NDArray[np.int16], NDArray[np.uint16]]:
-    """`_straight_map` for any affine map; the arguments are the rows of the matrix network -> image."""
+    """The same positions for any affine map, as `cv2.remap` takes them; the arguments are the rows of the matrix network -> image."""
     columns, rows = _indices(size_wh[0]), _indices(size_wh[1])
     fixed = []
     for of_column, of_row, offset in (x_row, y_row):
@@ -221,17 +253,24 @@ def warp_affine(image: Image, matrix: NDArray[np.floating], *, size_wh: tuple[in
         (height, width, C) uint8, black outside the image.
     """
     width, height = size_wh
+    (a00, a01, b0), (a10, a11, b1) = _inverted(matrix)
+    if abs(a01) * height + abs(a10) * width < 1e-9:
+        return StraightWarps.of([(a00, b0, a11, b1)], size_wh=size_wh).apply(image, 0)
+    return _sampled(image, *_rotated_map((a00, a01, b0), (a10, a11, b1), size_wh=size_wh))
+
+
+def _inverted(matrix: NDArray[np.floating]) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Image -> network to network -> image, as OpenCV 4 inverts: in double, zeros for a singular matrix."""
     (m00, m01, m02), (m10, m11, m12) = matrix.astype(np.float64).tolist()
     determinant = m00 * m11 - m01 * m10
     inverse = 1.0 / determinant if determinant else 0.0
     a00, a01, a10, a11 = m11 * inverse, m01 * -inverse, m10 * -inverse, m00 * inverse
-    b0, b1 = -a00 * m02 - a01 * m12, -a10 * m02 - a11 * m12
-    if abs(a01) * height + abs(a10) * width < 1e-9:
-        whole, fraction = _straight_map(a00, b0, a11, b1, size_wh=size_wh)
-    else:
-        whole, fraction = _rotated_map((a00, a01, b0), (a10, a11, b1), size_wh=size_wh)
+    return (a00, a01, -a00 * m02 - a01 * m12), (a10, a11, -a10 * m02 - a11 * m12)
+
+
+def _sampled(image: Image, whole: NDArray[np.int16], fraction: NDArray[Any]) -> Image:
     warped = cv2.remap(image, whole, fraction, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=0)
-    return warped.reshape(height, width, image.shape[2])  # type: ignore[return-value]  # OpenCV's stubs lose the dtype
+    return warped.reshape(*fraction.shape, image.shape[2])  # type: ignore[return-value]  # OpenCV's stubs lose the dtype
 
 
 # ------------------------------------------------------------------------------------------------------------------------ sdk
