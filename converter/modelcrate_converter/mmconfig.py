@@ -398,8 +398,9 @@ class _Interpreter:
         line = self.lines[node.lineno - 1]
         end = node.end_col_offset if node.end_lineno == node.lineno else None
         text = line[node.col_offset : end][:200].decode("utf-8", "ignore")
-        for identifier in _TEMPLATE.findall(text):
-            text = text.replace(identifier, "{{ " + self.templates.get(identifier, identifier).removeprefix("=") + " }}")
+        for identifier in (match[0] for match in _TEMPLATE.finditer(text)):
+            meaning: str = self.templates.get(identifier, identifier)
+            text = text.replace(identifier, "{{ " + meaning.removeprefix("=") + " }}")
         return Unknown(text, node.lineno, self.source)
 
     def slot(self, node: ast.expr) -> Any:

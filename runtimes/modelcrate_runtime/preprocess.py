@@ -218,16 +218,16 @@ class Preprocessor:
         size_wh = affine.image_size
         tensor = np.empty((len(array), self._channels, size_wh[1], size_wh[0]), dtype=np.float32)
         padding = self._box_step.padding
-        if self._geometry == "exact" and len(array):
-            # All arithmetic first and at once, so that the threads below are in OpenCV and numpy nearly all of their time.
-            plans = [plan_exact(box, size_wh=size_wh, padding=padding, use_udp=bool(affine.use_udp)) for box in array]
-            warps = StraightWarps.of([row for row, _ in plans], size_wh=size_wh)
+        # All arithmetic first and at once, so that the threads below are in OpenCV and numpy nearly all of their time.
+        is_exact = self._geometry == "exact" and len(array) > 0
+        plans = [plan_exact(box, size_wh=size_wh, padding=padding, use_udp=bool(affine.use_udp)) for box in array] if is_exact else []
+        warps = StraightWarps.of([row for row, _ in plans], size_wh=size_wh) if plans else None
 
         def one(index: int) -> Crop:
-            if self._geometry == "sdk":
-                patch, crop = crop_sdk(pixels, None if boxes is None else array[index], size_wh=size_wh, padding=padding)
-            else:
+            if warps is not None:
                 patch, crop = warps.apply(pixels, index), plans[index][1]
+            else:
+                patch, crop = crop_sdk(pixels, None if boxes is None else array[index], size_wh=size_wh, padding=padding)
             self._fill(patch, tensor[index])
             return crop
 

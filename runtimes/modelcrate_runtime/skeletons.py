@@ -11,6 +11,9 @@ _BLUE: Final[_Rgb] = (51, 153, 255)
 _GREEN: Final[_Rgb] = (0, 255, 0)
 _ORANGE: Final[_Rgb] = (255, 128, 0)
 
+_COLORS: Final[list[_Rgb]] = [_BLUE, _BLUE, _BLUE, _BLUE, _BLUE, *((_GREEN, _ORANGE) * 6)]
+_LINK_COLORS: Final[list[_Rgb]] = [_GREEN, _GREEN, _ORANGE, _ORANGE, *((_BLUE,) * 4), *((_GREEN, _ORANGE) * 2), *((_BLUE,) * 7)]
+
 COCO_17: Final = KeypointInfo(
     names=[
         "nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_shoulder", "right_shoulder", "left_elbow", "right_elbow",
@@ -22,8 +25,8 @@ COCO_17: Final = KeypointInfo(
     ],
     flip_pairs=[(1, 2), (3, 4), (5, 6), (7, 8), (9, 10), (11, 12), (13, 14), (15, 16)],
     sigmas=[0.026, 0.025, 0.025, 0.035, 0.035, 0.079, 0.079, 0.072, 0.072, 0.062, 0.062, 0.107, 0.107, 0.087, 0.087, 0.089, 0.089],
-    colors=[_BLUE] * 5 + [_GREEN, _ORANGE] * 6,
-    link_colors=[_GREEN] * 2 + [_ORANGE] * 2 + [_BLUE] * 4 + [_GREEN, _ORANGE] * 2 + [_BLUE] * 7,
+    colors=_COLORS,
+    link_colors=_LINK_COLORS,
 )  # fmt: skip
 """COCO body: names, links, colours and OKS sigmas as MMPose's `configs/_base_/datasets/coco.py` and pycocotools have them."""
 
