@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import hashlib
 import re
 import warnings
 from collections.abc import Callable, Iterable
@@ -23,6 +22,7 @@ from typing import Any
 
 from modelcrate_bundle.errors import ConfigError
 from modelcrate_converter.mmconfig_values import (
+    BASE,
     FAILURES,
     FORMAT_SPEC,
     FUNCTIONS,
@@ -40,17 +40,14 @@ from modelcrate_converter.mmconfig_values import (
     check_size,
     merge,
     operate,
+    replace_templates,
     to_text,
     unique,
 )
 
 _MAX_FILES = 64
 _MAX_FILE_BYTES = 4 << 20
-_BASE = "_base_"
 
-_PREDEFINED = re.compile(r"\{\{\s*(fileDirname|fileBasename|fileBasenameNoExtension|fileExtname)\s*\}\}")
-_ENVIRONMENT = re.compile(r"""\{\{['"]?[ \t]*\$\w+[ \t]*:[ \t]*([^\s{}'"]*)[ \t]*['"]?\}\}""")
-_BASE_VARIABLE = re.compile(r"\{\{\s*_base_\.([\w.]+)\s*\}\}")
 _TEMPLATE = re.compile(r"_t[0-9a-f]{16}_\d+_")
 
 
@@ -152,7 +149,7 @@ def _read_module(text: str, *, source: str, path: Path | None, reading: _Reading
     if size > _MAX_FILE_BYTES:
         message = f"{source}: expected a config of at most {_MAX_FILE_BYTES} bytes, found {size} or more"
         raise ConfigError(message, hint="give the model's .py config, not the checkpoint")
-    text, templates = _replace_templates(text.replace("\r\n", "\n").replace("\r", "\n"), path)
+    text, templates = replace_templates(text.replace("\r\n", "\n").replace("\r", "\n"), path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a '\d' in somebody's config is not our user's warning
@@ -165,7 +162,7 @@ def _read_module(text: str, *, source: str, path: Path | None, reading: _Reading
     interpreter = _Interpreter(text=text, source=source, path=path, templates=templates, reading=reading)
     bases = interpreter.read_bases(tree.body)
     interpreter.run(tree.body)
-    own = {name: value for name, value in interpreter.scope.items() if not name.startswith("__") and name != _BASE}
+    own = {name: value for name, value in interpreter.scope.items() if not name.startswith("__") and name != BASE}
     for values in (own, bases):  # the bases too: a file can change them through `_base_.x`
         for name, value in values.items():
             try:
@@ -173,27 +170,6 @@ def _read_module(text: str, *, source: str, path: Path | None, reading: _Reading
             except NotDataError:
                 values[name] = Unknown(name, 0, source)
     return merge(own, bases, reading), interpreter.imports
-
-
-def _replace_templates(text: str, path: Path | None) -> tuple[str, dict[str, str]]:
-    """Put an identifier where `{{ }}` stands, since that may stand bare, be a whole string or lie inside one; returns what each means.
-
-    That is `=` with a part of the path, or a dotted name. The defaults of environment variables go right into the text: they are code.
-    """
-    salt = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]  # so that no text can hold such an identifier already
-    templates: dict[str, str] = {}
-
-    def note(meaning: str) -> str:
-        return templates.setdefault(meaning, f"_t{salt}_{len(templates)}_")
-
-    text = _ENVIRONMENT.sub(lambda match: match[1], text)
-    text = _BASE_VARIABLE.sub(lambda match: note(f"{_BASE}.{match[1]}"), text)
-    parts: dict[str, str] = {}
-    if path is not None:
-        parts |= {"fileDirname": path.parent.as_posix(), "fileBasename": path.name}
-        parts |= {"fileBasenameNoExtension": path.stem, "fileExtname": path.suffix}
-    text = _PREDEFINED.sub(lambda match: note("=" + parts[match[1]] if parts else match[1]), text)  # without a file: a name that is not there
-    return text, {identifier: meaning for meaning, identifier in templates.items()}
 
 
 @dataclass(kw_only=True)
@@ -219,9 +195,9 @@ class _Interpreter:
     def read_bases(self, body: list[ast.stmt]) -> dict[str, Any]:
         """Read the files of the first `_base_ = ...`; afterwards the name `_base_` is what they merge to."""
         bases: dict[str, Any] = {}
-        self.scope[_BASE] = bases
+        self.scope[BASE] = bases
         assignments = (statement for statement in body if isinstance(statement, ast.Assign))
-        value = next((a.value for a in assignments if isinstance(a.targets[0], ast.Name) and a.targets[0].id == _BASE), None)
+        value = next((a.value for a in assignments if isinstance(a.targets[0], ast.Name) and a.targets[0].id == BASE), None)
         entries = [] if value is None else self.slot(value)
         for entry in entries if isinstance(entries, (list, tuple)) else [entries]:
             label = entry if isinstance(entry, str) else entry.text if isinstance(entry, Unknown) else type(entry).__name__
@@ -312,7 +288,7 @@ class _Interpreter:
 
     def _assign(self, target: ast.expr, value: Any) -> None:
         if isinstance(target, ast.Name):
-            if target.id != _BASE:  # read before the first statement
+            if target.id != BASE:  # read before the first statement
                 self._hide(target.id)
                 self.scope[target.id] = value
         elif isinstance(target, (ast.Attribute, ast.Subscript)):
@@ -361,9 +337,9 @@ class _Interpreter:
         while isinstance(place, (ast.Attribute, ast.Subscript)):
             attribute = place.attr if isinstance(place, ast.Attribute) else ""
             place = place.value
-        if isinstance(place, ast.Name) and place.id == _BASE:
-            for name in [attribute] if attribute else list(self.scope[_BASE]):
-                self.scope[_BASE][name] = self._unknown(node)
+        if isinstance(place, ast.Name) and place.id == BASE:
+            for name in [attribute] if attribute else list(self.scope[BASE]):
+                self.scope[BASE][name] = self._unknown(node)
         elif isinstance(place, ast.Name) and isinstance(place.ctx, ast.Load) and (place.id in self.imports or self._is_function(place.id)):
             pass  # os.system(...), dict.fromkeys(...): no variables
         elif isinstance(place, ast.Name):

@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import operator
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from modelcrate_bundle.errors import ConfigError
@@ -19,7 +21,10 @@ MAX_ITEMS = 1_000_000  # of one value, nested ones and repeated references count
 MAX_RANGE = 100_000
 MAX_DEPTH = 100  # of nested expressions and of values, so that neither our recursion nor a caller's can overflow
 MAX_INT = 1 << 64
-DELETE = "_delete_"
+BASE, DELETE = "_base_", "_delete_"
+_PREDEFINED = re.compile(r"\{\{\s*(fileDirname|fileBasename|fileBasenameNoExtension|fileExtname)\s*\}\}")
+_ENVIRONMENT = re.compile(r"""\{\{['"]?[ \t]*\$\w+[ \t]*:[ \t]*([^\s{}'"]*)[ \t]*['"]?\}\}""")
+_BASE_VARIABLE = re.compile(r"\{\{\s*_base_\.([\w.]+)\s*\}\}")
 FORMAT_SPEC = re.compile(r"[<>=^+\- #,_]*\d{0,3}(\.\d{1,2})?[a-zA-Z%]?")  # no width that would make a string of gigabytes
 
 
@@ -248,3 +253,24 @@ def operate(node: ast.operator, left: Any, right: Any, reading: Budget) -> Any:
     else:
         raise NotDataError  # among others str % values, whose widths have no bound
     return bounded(OPERATORS[type(node)](left, right), reading)
+
+
+def replace_templates(text: str, path: Path | None) -> tuple[str, dict[str, str]]:
+    """Put an identifier where `{{ }}` stands, since that may stand bare, be a whole string or lie inside one; returns what each means.
+
+    That is `=` with a part of the path, or a dotted name. The defaults of environment variables go right into the text: they are code.
+    """
+    salt = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]  # so that no text can hold such an identifier already
+    templates: dict[str, str] = {}
+
+    def note(meaning: str) -> str:
+        return templates.setdefault(meaning, f"_t{salt}_{len(templates)}_")
+
+    text = _ENVIRONMENT.sub(lambda match: match[1], text)
+    text = _BASE_VARIABLE.sub(lambda match: note(f"{BASE}.{match[1]}"), text)
+    parts: dict[str, str] = {}
+    if path is not None:
+        parts |= {"fileDirname": path.parent.as_posix(), "fileBasename": path.name}
+        parts |= {"fileBasenameNoExtension": path.stem, "fileExtname": path.suffix}
+    text = _PREDEFINED.sub(lambda match: note("=" + parts[match[1]] if parts else match[1]), text)  # without a file: a name that is not there
+    return text, {identifier: meaning for meaning, identifier in templates.items()}

@@ -43,9 +43,9 @@ def shape_of(line: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the files that the README's commands name: random checkpoints, and procedural scenes for photos."""
-    folder = tmp_path_factory.mktemp("workplace")
+    folder = tmp_path_factory.mktemp("workdir")
     widen, deepen = POSE_SIZES["t"]
     pose = rtmpose_shapes(widen=widen, deepen=deepen, keypoints=17, input_hw=(256, 192))
     torch.save({"state_dict": random_weights(pose, seed=0)}, folder / "rtmpose_t.pth")
@@ -61,13 +61,13 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def converted(workplace: Path) -> Path:
-    """The workplace after the README's list of commands has run in it."""
+def converted(workdir: Path) -> Path:
+    """The workdir after the README's list of commands has run in it."""
     commands = [line for block in blocks(README, "sh") for line in block.splitlines() if line.startswith("modelcrate ")]
     assert len(commands) >= 4
     for command in commands:
-        run(command, workplace)
-    return workplace
+        run(command, workdir)
+    return workdir
 
 
 def test_shown_session_is_what_happens(shared: Path, tmp_path: Path) -> None:
