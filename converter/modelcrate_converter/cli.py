@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from modelcrate_converter.convert import Conversion, ConvertOptions
     from modelcrate_converter.progress import Event
 
-# The device's `backends` cannot know what can be built; here it can.
-app.registered_commands = [command for command in app.registered_commands if command.callback is None or command.callback.__name__ != "backends"]
-
 
 @app.command()
 def convert(
@@ -50,18 +47,20 @@ def convert(
 ) -> None:
     """Convert checkpoints to verified bundles, one for each target."""
     with exit_on_error():
+        from modelcrate_converter.builders import check_can_build
         from modelcrate_converter.config import load_config
 
         configs = [_adjusted(load_config(t), exporter=exporter, nms=nms, simplify=simplify) for t in dict.fromkeys(target)]
-        _need_converter()
+        for config in configs:
+            check_can_build(config.backend)
         from modelcrate_converter.convert import ConvertOptions
 
-        options = ConvertOptions(out=out, model_config=model_config, name=name, images=tuple(image or ()), verify=verify, force=force)
-        if name and len(checkpoints) > 1:
-            raise ConfigError(f"--name: expected one checkpoint, found {len(checkpoints)}", hint="convert them one by one")
+        options = ConvertOptions(out=out, model_config=model_config, name=name, images=tuple(image or ()), verify=verify, force=force, sha256=sha256)
+        if (name or sha256) and len(checkpoints) > 1:
+            raise ConfigError(f"{'--name' if name else '--sha256'}: expected one checkpoint, found {len(checkpoints)}", hint="convert them one by one")
         conversions, failures = _convert_all(checkpoints, configs, options, offline=offline, sha256=sha256, as_json=as_json)
         if as_json:
-            failed = [{"checkpoint": checkpoint, "error": str(error), "hint": error.hint, "exit_code": error.exit_code} for checkpoint, error in failures]
+            failed = [_failed_json(checkpoint, error) for checkpoint, error in failures]
             import msgspec
 
             # msgspec writes NaN as null: JSON has no word for it.
@@ -69,6 +68,8 @@ def convert(
                 msgspec.json.format(msgspec.json.encode([_as_json(c, conversion) for c, conversion in conversions] + failed), indent=1).decode() + "\n"
             )
         errors = [conversion.error for _, conversion in conversions if conversion.error] + [error for _, error in failures]
+        if len(errors) > 1:
+            consoles()[1].print(f"{len(errors)} of {len(conversions) + len(failures)} failed; the first:", style="red")
         if errors:
             raise errors[0]
 
@@ -93,14 +94,6 @@ def backends(as_json: Annotated[bool, JSON_OPTION] = False) -> None:
 def main() -> None:
     """The console script."""
     app()
-
-
-def _need_converter() -> None:
-    import importlib.util
-
-    missing = [name for name in ("torch", "onnx", "onnxsim", "jinja2", "safetensors") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise MissingBackendError(f"convert needs {', '.join(missing)}, not installed", hint="pip install 'modelcrate[convert,onnxruntime]'")
 
 
 def _adjusted(config: DeployConfig, *, exporter: str | None, nms: str | None, simplify: bool) -> DeployConfig:
@@ -129,18 +122,20 @@ def _convert_all(
             with progress:
                 is_url = "://" in text
                 path = download(text, cache_dir=default_cache_dir(), sha256=sha256, offline=offline, report=progress.show) if is_url else Path(text)
-                errors.print(f"{path.name}", style="bold", markup=False)
+                errors.print(f"{path.name}", style="bold")
                 made = convert_one(path, configs, options, progress.show, taken=owners)
         except ModelcrateError as error:
             failures.append((text, error))
             if len(checkpoints) > 1:
-                errors.print(f"  failed: {error}", style="red", markup=False)
+                _print_failure(errors, error)
             continue
         for conversion in made:
             owners.setdefault(conversion.id, text)
             conversions.append((text, conversion))
             if not as_json:
                 _print_conversion(out, conversion)
+            if conversion.error is not None and len(checkpoints) * len(configs) > 1:
+                _print_failure(errors, conversion.error)
     return conversions, failures
 
 
@@ -161,7 +156,7 @@ class _Progress:
     def show(self, event: Event) -> None:
         """Draw one event; between two of them is also where an interruption that a library swallowed comes through."""
         raise_if_interrupted()
-        from rich.markup import escape
+        from rich.text import Text
 
         from modelcrate_converter.progress import Advanced, Noted, StageFinished, StageStarted
 
@@ -169,10 +164,11 @@ class _Progress:
             self._start(event.name)
         elif isinstance(event, StageFinished):
             self._stop()
-            self._console.print(f"  [green]done[/] {escape(event.name):<24} {event.seconds:7.2f} s  [dim]{escape(event.detail)}[/]", soft_wrap=True)
+            line = Text.assemble("  ", ("done", "green"), f" {event.name:<24} {event.seconds:7.2f} s  ", (event.detail, "dim"))
+            self._console.print(line, soft_wrap=True)
         elif isinstance(event, Noted):
             style = "yellow" if event.level == "warning" else "dim"
-            self._console.print(f"  [{style}]note {escape(event.text)}[/]", soft_wrap=True)
+            self._console.print(f"  note {event.text}", style=style, soft_wrap=True)
         elif isinstance(event, Advanced):
             self._advance(event.name, event.done, event.total)
 
@@ -183,16 +179,14 @@ class _Progress:
             self._start(text)
         elif (total is not None and done == total) or time.monotonic() - self._drawn > 5:
             self._drawn = time.monotonic()
-            self._console.print(f"  {text}", markup=False)
+            self._console.print(f"  {text}")
 
     def _start(self, text: str) -> None:
-        from rich.markup import escape
-
         if self._status is None:
-            self._status = self._console.status(escape(text))
+            self._status = self._console.status(text)
             self._status.start()
         else:
-            self._status.update(escape(text))
+            self._status.update(text)
 
     def _stop(self) -> None:
         if self._status is not None:
@@ -200,8 +194,15 @@ class _Progress:
             self._status = None
 
 
+def _print_failure(errors: Console, error: ModelcrateError) -> None:
+    errors.print(f"  failed: {error}", style="red", soft_wrap=True)
+    if error.hint:
+        errors.print(f"    hint: {error.hint}", soft_wrap=True)
+
+
 def _print_conversion(out: Console, conversion: Conversion) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     from modelcrate_converter.parity import parity_rows
 
@@ -213,7 +214,7 @@ def _print_conversion(out: Console, conversion: Conversion) -> None:
         )
         return
     if conversion.op_changes:
-        out.print(f"{conversion.id}: operators", style="italic", markup=False, soft_wrap=True)
+        out.print(f"{conversion.id}: operators", style="italic", soft_wrap=True)
         table = Table(show_footer=True)
         table.add_column("operator", "all")
         table.add_column("exported", str(sum(before for _, before, _ in conversion.op_changes)), justify="right")
@@ -222,17 +223,17 @@ def _print_conversion(out: Console, conversion: Conversion) -> None:
             table.add_row(name, str(before), str(after), style="bold" if before != after else "dim")
         out.print(table)
     if conversion.parity is not None and conversion.parity.verified:
-        out.print(f"{conversion.id}: parity with PyTorch", style="italic", markup=False, soft_wrap=True)
+        out.print(f"{conversion.id}: parity with PyTorch", style="italic", soft_wrap=True)
         table = Table()
         for heading in ("what", "figure", "gate", ""):
             table.add_column(heading)
         for row in parity_rows(conversion.parity):
-            table.add_row(row["what"], row["figure"], row["gate"], f"[{'green' if row['ok'] == 'ok' else 'bold red'}]{row['ok']}[/]")
+            table.add_row(row["what"], row["figure"], row["gate"], Text(row["ok"], style="green" if row["ok"] == "ok" else "bold red"))
         out.print(table)
     elif conversion.parity is not None and conversion.status == "built":
         out.print("NOT VERIFIED: nobody compared this bundle with PyTorch; the manifest says so", style="bold red")
     if conversion.bundle is not None and conversion.bundle.manifest is not None:
-        out.print(str(conversion.place), style="italic", markup=False, soft_wrap=True)
+        out.print(str(conversion.place), style="italic", soft_wrap=True)
         table = Table()
         table.add_column("file")
         table.add_column("bytes", justify="right")
@@ -254,4 +255,11 @@ def _as_json(checkpoint: str, conversion: Conversion) -> dict[str, Any]:
         "parity": write_record(conversion.parity) if conversion.parity else None,
         "files": [write_record(entry) for entry in conversion.bundle.manifest.files] if conversion.bundle and conversion.bundle.manifest else [],
         "error": str(conversion.error) if conversion.error else None,
+        "hint": conversion.error.hint if conversion.error else "",
+        "exit_code": conversion.error.exit_code if conversion.error else 0,
     }
+
+
+def _failed_json(checkpoint: str, error: ModelcrateError) -> dict[str, Any]:
+    """A checkpoint that failed before any of its targets: the same keys, as far as they are known."""
+    return {"checkpoint": checkpoint, "id": None, "target": None, "status": "failed", "error": str(error), "hint": error.hint, "exit_code": error.exit_code}

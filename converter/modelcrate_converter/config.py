@@ -90,6 +90,8 @@ def load_config(target: str) -> DeployConfig:
     Raises:
         ConfigError: an unknown target, or a file that is not a deploy config.
     """
+    if len(target) > 255:
+        raise ConfigError(f"target: expected a name or a path, found {len(target)} characters")
     path = CONFIG_FOLDER / f"{target}.toml"
     if target.endswith(".toml") or "/" in target or "\\" in target:
         path = Path(target)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from modelcrate_bundle.bundle import Bundle, BundleWriter, sha256_of
-from modelcrate_bundle.errors import ConfigError, ModelcrateError, OutputError, ParityError
+from modelcrate_bundle.errors import CheckpointError, ConfigError, ModelcrateError, OutputError, ParityError
 from modelcrate_bundle.manifest import Manifest, ParityRecord, Provenance, Stage, Timing
 from modelcrate_bundle.tensors import ShapeRange
 from modelcrate_converter.architecture import ExportableModel, read_architecture
@@ -48,6 +48,7 @@ class ConvertOptions:
         images: images to compare on, and to draw the first of; empty takes procedural ones.
         verify: whether to compare with PyTorch. False is recorded in the manifest.
         force: build even what is up to date.
+        sha256: what the checkpoint's hash must begin with, or None.
     """
 
     out: Path
@@ -56,6 +57,7 @@ class ConvertOptions:
     images: tuple[Path, ...] = ()
     verify: bool = True
     force: bool = False
+    sha256: str | None = None
 
 
 @dataclass(kw_only=True, slots=True)
@@ -108,6 +110,10 @@ def convert(
     clock = StageClock(report=report)
     with clock.stage("load checkpoint") as detail:
         checkpoint = read_checkpoint(checkpoint_path)
+        if options.sha256 is not None and not checkpoint.sha256.startswith(options.sha256.lower()):
+            raise CheckpointError(
+                f"{checkpoint_path}: expected SHA-256 {options.sha256}, found {checkpoint.sha256}", hint="it is another file, or a damaged one"
+            )
         model = read_architecture(checkpoint, model_config=options.model_config, name=options.name)
         images = _load_images(options.images)
         detail.append(f"{model.name}, {sum(p.numel() for p in model.module.parameters()) / 1e6:.2f} M parameters")
@@ -163,6 +169,8 @@ def _canonical(
         with clock.stage("export ONNX") as detail:
             before = export_onnx(model, config.onnx, workdir=folder)
             detail.append(f"opset {before.opset}, {before.node_count} operators")
+        if before.opset != config.onnx.opset:
+            clock.report(Noted(text=f"the {config.onnx.exporter} exporter cannot write opset {config.onnx.opset}: it wrote {before.opset}", level="warning"))
         after = before
         if config.onnx.simplify:
             with clock.stage("simplify") as detail:
@@ -210,7 +218,7 @@ def _build_bundle(
             conversion.bundle = writer.commit(
                 deploy=describe_deploy(model, artifact, config),
                 pipeline=describe_pipeline(model, has_nms=artifact.has_nms),
-                detail=describe_detail(model, artifact, config),
+                detail=describe_detail(model, artifact, opset=canonical.opset),
                 manifest=manifest,
             )
             detail.append(str(conversion.place))

@@ -120,7 +120,7 @@ def describe_deploy(model: ExportableModel, artifact: BackendArtifact, config: D
     )
 
 
-def describe_detail(model: ExportableModel, artifact: BackendArtifact, config: DeployConfig) -> DetailInfo:
+def describe_detail(model: ExportableModel, artifact: BackendArtifact, *, opset: int) -> DetailInfo:
     """detail.json, in MMDeploy's words, without paths of the machine."""
     is_pose = isinstance(model.postprocess, PoseFacts)
     dynamic = {spec.name: {"0": "batch"} for spec in (*artifact.inputs, *artifact.outputs)}
@@ -137,7 +137,7 @@ def describe_detail(model: ExportableModel, artifact: BackendArtifact, config: D
         onnx_config={
             "type": "onnx",
             "export_params": True,
-            "opset_version": config.onnx.opset,
+            "opset_version": opset,
             "save_file": "end2end.onnx",
             "input_names": [spec.name for spec in artifact.inputs],
             "output_names": [spec.name for spec in artifact.outputs],

@@ -88,7 +88,7 @@ def export_onnx(model: ExportableModel, options: OnnxOptions, *, workdir: Path) 
     except Exception as error:  # the exporters raise whatever they like
         raise ExportError(
             f"{model.name}: expected torch.onnx to export the network, found: {' '.join(str(error).split())[:300]}",
-            hint="try the other exporter: --exporter dynamo",
+            hint=f"try the other exporter: --exporter {'torchscript' if options.exporter == 'dynamo' else 'dynamo'}",
         ) from error
     return save_onnx(
         proto, workdir / "canonical.onnx", inputs=(model.input,), outputs=model.outputs, metadata={"checkpoint": model.checkpoint[1], "model": model.name}

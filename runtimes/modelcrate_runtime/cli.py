@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 import typer
 
 from modelcrate_bundle.bundle import Bundle
-from modelcrate_bundle.errors import ConfigError, InputError, ModelcrateError
+from modelcrate_bundle.errors import ConfigError, InputError, ModelcrateError, OutputError
 from modelcrate_bundle.schema import write_record
 
 if TYPE_CHECKING:
@@ -35,10 +36,15 @@ JSON_OPTION = typer.Option("--json", help="Print JSON instead of tables.")
 
 
 def consoles() -> tuple[Console, Console]:
-    """Where results go and where errors and progress go."""
+    """Where results go and where errors and progress go. Names from files and bundles are printed as they are: markup is off."""
     from rich.console import Console
 
-    return Console(highlight=False), Console(stderr=True, highlight=False)
+    class PlainConsole(Console):
+        def on_broken_pipe(self) -> None:
+            """Leave it to `exit_on_error`, which knows that a reader who has seen enough is no failure."""
+            raise BrokenPipeError
+
+    return PlainConsole(highlight=False, markup=False, emoji=False), PlainConsole(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 @contextlib.contextmanager
@@ -59,18 +65,25 @@ def exit_on_error() -> Iterator[None]:
         if os.environ.get("MODELCRATE_TRACEBACK"):
             raise
         _, errors = consoles()
-        errors.print(f"error: {error}", style="bold red", markup=False, soft_wrap=True)
+        errors.print(f"error: {error}", style="bold red", soft_wrap=True)
         if error.hint:
-            errors.print(f" hint: {error.hint}", markup=False, soft_wrap=True)
+            errors.print(f" hint: {error.hint}", soft_wrap=True)
         raise typer.Exit(error.exit_code) from error
     except KeyboardInterrupt:
         _, errors = consoles()
-        errors.print("interrupted: nothing half-done was left behind", style="yellow")
+        errors.print("interrupted: no half-written bundle or picture was left behind", style="yellow")
         raise typer.Exit(INTERRUPTED) from None
     except BrokenPipeError:
         # The reader of a pipe (head, less) has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(0) from None
+    except OSError as error:
+        # What no module expected: a full disk behind standard output, a path that the system cannot take.
+        _, errors = consoles()
+        errors.print(
+            f"error: {error.filename or 'output'}: expected to read or write it, found: {error.strerror or error}"[:400], style="bold red", soft_wrap=True
+        )
+        raise typer.Exit(OutputError.exit_code) from error
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -94,12 +107,12 @@ def run(
     box: Annotated[
         list[str] | None, typer.Option(help="A box for the pose estimator: left,top,right,bottom in pixels. May be repeated. Without one: the whole image.")
     ] = None,
-    det_thr: Annotated[float, typer.Option(help="Least score of a detection.")] = 0.3,
-    det_label: Annotated[int, typer.Option(help="Top-down: class of the detections that get a pose.")] = 0,
+    det_thr: Annotated[float, typer.Option(min=0, max=1, help="Least score of a detection.")] = 0.3,
+    det_label: Annotated[int, typer.Option(min=0, help="Top-down: class of the detections that get a pose.")] = 0,
     kpt_thr: Annotated[float, typer.Option(help="Least score of a keypoint that is drawn.")] = 0.3,
     geometry: Annotated[Literal["exact", "sdk"] | None, typer.Option(help="Crop and box convention; default: the bundle's own.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    device_id: Annotated[int, typer.Option(help="Which of them.")] = 0,
+    device_id: Annotated[int, typer.Option(min=0, help="Which of them.")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads inside one operator; default: one per usable core.")] = None,
     as_json: Annotated[bool, JSON_OPTION] = False,
 ) -> None:
@@ -113,21 +126,34 @@ def run(
         boxes = [_parse_box(text) for text in box or []] or None
         out, errors = consoles()
         collected: list[dict[str, Any]] = []
-        targets = _picture_names(files)
+        unusable: list[InputError] = []
+        plain = [file.name for file in files]
+        names = {file: file.name if plain.count(file.name) == 1 else str(file) for file in files}
+        targets = _picture_places(save, files)
         with Runner.open(bundles, geometry=geometry, device=device, device_id=device_id, threads=threads, det_thr=det_thr, det_label=det_label) as runner:
-            for file in files:
-                image = read_image(file)
+            for index, file in enumerate(files):
+                try:
+                    image = read_image(file)
+                except InputError as error:
+                    if len(files) == 1:
+                        raise
+                    unusable.append(error)  # the others are not to suffer for it
+                    errors.print(f"skipped: {error}", style="yellow", soft_wrap=True)
+                    continue
                 instances = runner.run(image, boxes)
                 if as_json:
-                    collected += [instance.coco(file.name) for instance in instances]
+                    collected += [instance.coco(names[file]) for instance in instances]
                 else:
                     _print_instances(out, file, instances, runner)
-                if save is not None:
-                    target = save if len(files) == 1 and save.suffix else save / targets[file]
-                    write_image(target, runner.draw(image, instances, kpt_thr=kpt_thr))
-                    errors.print(f"wrote {target}", style="dim", markup=False)
+                if targets:
+                    write_image(targets[index], runner.draw(image, instances, kpt_thr=kpt_thr))
+                    errors.print(f"wrote {targets[index]}", style="dim")
         if as_json:
             sys.stdout.write(json.dumps(collected, indent=1) + "\n")
+        if unusable:
+            raise InputError(
+                f"expected {len(files)} images, found {len(unusable)} that cannot be used: the results are of the others", hint="see the lines above"
+            )
 
 
 @app.command()
@@ -142,18 +168,14 @@ def inspect(
         if as_json:
             import msgspec
 
-            raw = {"root": str(opened.root), "deploy": write_record(opened.deploy), "manifest": write_record(opened.manifest) if opened.manifest else None}
+            raw = {
+                "root": os.fsencode(opened.root).decode("utf-8", "replace"),
+                "deploy": write_record(opened.deploy),
+                "manifest": write_record(opened.manifest) if opened.manifest else None,
+            }
             sys.stdout.write(msgspec.json.format(msgspec.json.encode(raw), indent=1).decode() + "\n")
             return
         _print_bundle(opened)
-
-
-@app.command()
-def backends(as_json: Annotated[bool, JSON_OPTION] = False) -> None:
-    """Show which backends are installed, what they can do here, and how to install what is missing."""
-    with exit_on_error():
-        rows = backend_rows(can_build={})
-        print_backends(rows, as_json=as_json)
 
 
 def backend_rows(*, can_build: dict[str, tuple[bool, str]]) -> list[dict[str, Any]]:
@@ -203,7 +225,7 @@ def print_backends(rows: list[dict[str, Any]], *, as_json: bool) -> None:
     for row in rows:
         if row["install"]:
             what = "run" if not row["can_run"] else "build for"
-            out.print(f"to {what} {row['backend']}: {row['install']}", markup=False, soft_wrap=True)
+            out.print(f"to {what} {row['backend']}: {row['install']}", soft_wrap=True)
 
 
 def _yes(value: object) -> str:
@@ -216,7 +238,10 @@ def _split_inputs(inputs: list[str]) -> tuple[list[Bundle], list[Path]]:
     paths: list[Path] = []
     for text in inputs:
         path = Path(text)
-        if not paths and (path.suffix == ".zip" or (path / "deploy.json").is_file() or (not bundles and not path.is_file())):
+        is_bundle = (path / "deploy.json").is_file() or (path.is_file() and (path.suffix.lower() == ".zip" or zipfile.is_zipfile(path)))
+        if is_bundle and paths:
+            raise ConfigError(f"expected bundles before images, found {text} after {paths[0]}", hint="modelcrate run BUNDLE... IMAGE...")
+        if is_bundle or (not bundles and not paths and not path.is_file()):
             bundles.append(Bundle.open(path))
         else:
             paths.append(path)
@@ -229,18 +254,39 @@ def _split_inputs(inputs: list[str]) -> tuple[list[Bundle], list[Path]]:
     return bundles, paths
 
 
-def _picture_names(files: list[Path]) -> dict[Path, str]:
-    """One picture for each image: the image's name, with a number where two would have the same."""
-    names: dict[Path, str] = {}
-    taken: set[str] = set()
+def _picture_places(save: Path | None, files: list[Path]) -> list[Path]:
+    """Where the picture of each image goes: `save` itself for one image, else a file in it; a number where two would have the same name.
+
+    Raises:
+        OutputError: a place that makes no sense, or that an input has. Said before the first network runs.
+    """
+    from modelcrate_runtime.images import IMAGE_SUFFIXES
+
+    if save is None:
+        return []
+    is_picture = save.suffix.lower() in IMAGE_SUFFIXES and not save.is_dir()
+    if is_picture and len(files) > 1:
+        raise OutputError(f"--save {save}: expected a folder for {len(files)} images, found the name of a picture", hint="--save drawn/")
+    if not is_picture and len(files) == 1 and save.suffix and not save.is_dir():
+        raise OutputError(
+            f"--save {save}: expected one of {', '.join(sorted(IMAGE_SUFFIXES))} or a folder, found {save.suffix!r}", hint="name the picture like out.png"
+        )
+    if (save / "deploy.json").is_file() or str(save) == ".":
+        raise OutputError(
+            f"--save {save}: expected a place for pictures, found {'a bundle' if str(save) != '.' else 'the current folder'}", hint="--save drawn/"
+        )
+    places: list[Path] = []
     for file in files:
-        name, number = f"{file.stem}.png", 1
-        while name in taken:
+        place, number = save if is_picture else save / f"{file.stem}.png", 1
+        while place in places:
             number += 1
-            name = f"{file.stem}-{number}.png"
-        taken.add(name)
-        names.setdefault(file, name)
-    return names
+            place = save / f"{file.stem}-{number}.png"
+        places.append(place)
+    inputs = {file.resolve() for file in files}
+    taken = next((place for place in places if place.resolve() in inputs), None)
+    if taken is not None:
+        raise OutputError(f"--save {save}: expected another place than the images', found that {taken} is one of them", hint="--save drawn/")
+    return places
 
 
 def _parse_box(text: str) -> list[float]:
@@ -257,10 +303,10 @@ def _print_instances(out: Console, file: Path, instances: list[Instance], runner
     from rich.table import Table
 
     if not instances:
-        out.print(f"{file}: nothing above the threshold", markup=False)
+        out.print(f"{file}: nothing above the threshold")
         return
     has_keypoints = any(instance.keypoints is not None for instance in instances)
-    out.print(str(file), style="italic", markup=False, soft_wrap=True)
+    out.print(str(file), style="italic", soft_wrap=True)
     table = Table()
     for heading in ["", "class", "box (left, top, right, bottom)", "score"] + (["keypoints", "mean keypoint score"] if has_keypoints else []):
         table.add_column(heading, no_wrap=heading.startswith("box"))
@@ -283,7 +329,7 @@ def _print_bundle(bundle: Bundle) -> None:
 
     out, _ = consoles()
     manifest = bundle.manifest
-    out.print(str(bundle.root), style="italic", markup=False, soft_wrap=True)
+    out.print(str(bundle.root), style="italic", soft_wrap=True)
     table = Table(show_header=False)
     table.add_row("task", str(bundle.deploy.task))
     table.add_row("backend", bundle.model.backend)

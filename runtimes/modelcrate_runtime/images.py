@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -51,7 +52,8 @@ def image_files(path: Path) -> list[Path]:
         InputError: nothing there, or a folder without images.
     """
     if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+        # macOS leaves ._name.jpg beside name.jpg, which is no image.
+        files = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".") and p.is_file())
         if not files:
             raise InputError(f"{path}: expected images ({', '.join(sorted(IMAGE_SUFFIXES))}), found none in the folder")
         return files
@@ -87,6 +89,11 @@ def write_image(path: Path, image: NDArray[np.uint8]) -> None:
         data = encoded.tobytes()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            partial.write_bytes(data)
+            partial.replace(path)  # whole or not at all
+        finally:
+            partial.unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(f"{path}: expected to write there, found: {error.strerror}", hint="choose another place with --save") from error

@@ -46,6 +46,8 @@ _INTERPOLATION: Final = {
     "lanczos": cv2.INTER_LANCZOS4,
 }
 _BORDER: Final = {"constant": cv2.BORDER_CONSTANT, "edge": cv2.BORDER_REPLICATE, "reflect": cv2.BORDER_REFLECT_101, "symmetric": cv2.BORDER_REFLECT}
+_MAX_SIDE_PX: Final = 32766
+"""OpenCV addresses pixels with 16 bits when it samples them."""
 _KNOWN: Final = (
     LoadImageFromFile, Resize, LetterResize, Pad, Normalize, CenterCrop, ImageToTensor, DefaultFormatBundle, Collect, TopDownGetBboxCenterScale, TopDownAffine,
 )  # fmt: skip
@@ -90,6 +92,8 @@ def check_image(image: Any, *, color: bool = True) -> Image:
         )
     if image.ndim == 2:
         image = image[:, :, None]
+    if max(image.shape, default=0) > _MAX_SIDE_PX:
+        raise InputError(f"image: expected at most {_MAX_SIDE_PX} pixels a side, found shape {image.shape}", hint="cut it into tiles first")
     if image.ndim != 3 or image.shape[2] not in {1, 3, 4} or 0 in image.shape:
         raise InputError(f"image: expected shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), found {image.shape}")
     channels = image.shape[2]

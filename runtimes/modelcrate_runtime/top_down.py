@@ -84,6 +84,7 @@ class Runner:
 
         Raises:
             TaskMismatchError: two of the same task.
+            ConfigError: a class that the detector does not have.
         """
         detector: Detector | None = None
         estimator: PoseDetector | None = None
@@ -95,6 +96,8 @@ class Runner:
                 estimator = PoseDetector(bundle, device, device_id, geometry=geometry, threads=threads)
             else:
                 detector = Detector(bundle, device, device_id, geometry=geometry, threads=threads)
+                if detector.class_names and det_label >= len(detector.class_names):
+                    raise ConfigError(f"--det-label: expected a class from 0 to {len(detector.class_names) - 1}, found {det_label}")
         return cls(detector=detector, estimator=estimator, det_thr=det_thr, det_label=det_label)
 
     def __enter__(self) -> Self:

@@ -215,7 +215,12 @@ class _ZipSource(_Source):
             self._zip = zipfile.ZipFile(io.BytesIO(root.read_bytes()) if root.stat().st_size <= _CHUNK_BYTES else root)
         except _ZIP_DAMAGE as error:
             raise BundleError(f"{root}: expected a bundle's folder or a zip of it, found a file that is neither: {error}") from error
-        self._members = {PurePosixPath(info.filename).name: info for info in self._zip.infolist() if not info.is_dir()}
+        self._members: dict[str, zipfile.ZipInfo] = {}
+        for info in self._zip.infolist():
+            other = self._members.setdefault(PurePosixPath(info.filename).name, info)
+            if other is not info and not info.is_dir():
+                raise BundleFormatError(f"{root}: expected every file name once, found {other.filename} and {info.filename}", hint="zip one bundle at a time")
+        self._members = {name: info for name, info in self._members.items() if not info.is_dir()}
         self._unpacked: Path | None = None
 
     def has(self, name: str) -> bool:
@@ -239,7 +244,7 @@ class _ZipSource(_Source):
                 weakref.finalize(self, shutil.rmtree, self._unpacked, ignore_errors=True)
             target = self._unpacked / _inner_path(name, where=where).name
             if not target.exists():
-                partial = self._unpacked / f".{len(self._members)}.partial"  # whole or not at all: a damaged member leaves no file to find
+                partial = self._unpacked / f".{uuid.uuid4().hex}.partial"  # whole or not at all: a damaged member leaves no file to find
                 with _readable(self._zip, info, where=where) as packed, partial.open("wb") as out:
                     shutil.copyfileobj(packed, out, _CHUNK_BYTES)
                 partial.rename(target)

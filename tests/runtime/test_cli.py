@@ -126,8 +126,62 @@ def test_top_down_in_both_orders(
     np.testing.assert_allclose([np.reshape(row["keypoints"], (17, 3)) for row in rows], expected, rtol=1e-4, atol=1e-3)
 
 
-def test_label_that_nothing_has_gives_an_empty_list(cli: Callable[..., Result], detector_bundle: Path, pose_bundle: Path, photo: Path) -> None:
-    assert rows_of(cli("run", detector_bundle, pose_bundle, photo, "--det-thr", 0.05, "--det-label", 77, "--json")) == []
+def test_label_that_nothing_has_gives_an_empty_list(cli: Callable[..., Result], detector_bundle: Path, pose_bundle: Path, photo: Path, tmp_path: Path) -> None:
+    nameless = tmp_path / "nameless"
+    shutil.copytree(detector_bundle, nameless)
+    (nameless / "manifest.json").unlink()
+    assert rows_of(cli("run", nameless, pose_bundle, photo, "--det-thr", 0.05, "--det-label", 77, "--json")) == []
+
+
+def test_label_that_the_detector_does_not_have_is_refused(cli: Callable[..., Result], detector_bundle: Path, pose_bundle: Path, photo: Path) -> None:
+    refused = cli("run", detector_bundle, pose_bundle, photo, "--det-label", 77)
+    assert refused.exit_code == 4
+    assert "from 0 to 1, found 77" in refused.stderr
+
+
+def test_one_broken_image_does_not_cost_the_others(cli: Callable[..., Result], detector_bundle: Path, photo: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "some"
+    folder.mkdir()
+    for name in ("a.png", "c.png"):
+        shutil.copy(photo, folder / name)
+    (folder / "b.png").write_bytes(b"not an image")
+    (folder / "._a.png").write_bytes(b"what macOS leaves")
+    done = cli("run", detector_bundle, folder, "--det-thr", 0, "--json")
+    assert done.exit_code == 10
+    assert {row["file_name"] for row in json.loads(done.stdout)} == {"a.png", "c.png"}
+    assert "b.png" in done.stderr
+    assert "found 1 that cannot be used" in done.stderr
+
+
+@pytest.mark.parametrize("save", ["same", "same/a.png", "bundle", "", "."])
+def test_save_never_takes_the_place_of_an_input(cli: Callable[..., Result], detector_bundle: Path, photo: Path, tmp_path: Path, save: str) -> None:
+    folder = tmp_path / "same"
+    folder.mkdir()
+    shutil.copy(photo, folder / "a.png")
+    shutil.copytree(detector_bundle, tmp_path / "bundle")
+    before = (folder / "a.png").read_bytes()
+    refused = cli("run", tmp_path / "bundle", folder / "a.png", "--save", tmp_path / save if save not in {"", "."} else save)
+    assert refused.exit_code == 15
+    assert (folder / "a.png").read_bytes() == before
+
+
+def test_bundle_after_an_image_is_refused(cli: Callable[..., Result], detector_bundle: Path, pose_bundle: Path, photo: Path) -> None:
+    refused = cli("run", pose_bundle, photo, detector_bundle)
+    assert refused.exit_code == 4
+    assert "bundles before images" in refused.stderr
+
+
+def test_class_name_that_looks_like_markup_is_printed_as_it_is(cli: Callable[..., Result], detector_bundle: Path, photo: Path, tmp_path: Path) -> None:
+    from modelcrate_bundle.manifest import read_manifest, write_manifest
+
+    hostile = tmp_path / "hostile"
+    shutil.copytree(detector_bundle, hostile)
+    manifest = read_manifest((hostile / "manifest.json").read_bytes())
+    manifest.class_names = ["[/b] person", "[red]x"]
+    (hostile / "manifest.json").write_bytes(write_manifest(manifest))
+    shown = cli("run", hostile, photo, "--det-thr", 0.05)
+    assert shown.exit_code == 0
+    assert "[/b]" in shown.stdout
 
 
 def test_threshold_of_detections(cli: Callable[..., Result], detector_bundle: Path, photo: Path) -> None:

@@ -150,7 +150,8 @@ except SystemExit as stop:
 
 
 def test_backends_are_listed_without_one() -> None:
-    code = "from modelcrate_runtime.cli import app; app(['backends', '--json'], standalone_mode=False)"
+    converter = Path(__file__).parents[2] / "converter"  # its command line is installed on a device too, and must load there
+    code = f"sys.path.append({str(converter)!r}); from modelcrate_converter.cli import app; app(['backends', '--json'], standalone_mode=False)"
     listed = run(code, blocked=(*BUILD_ONLY, "onnxruntime"))
     assert '"can_run": false' in listed
     assert "pip install 'modelcrate[" in listed

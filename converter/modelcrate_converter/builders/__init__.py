@@ -55,7 +55,9 @@ class Builder:
 
 
 BUILDERS: Final[Mapping[str, Builder]] = {
-    "onnxruntime": Builder(module="modelcrate_converter.builders.onnxruntime_builder", needs=("torch", "onnx", "onnxsim", "onnxruntime")),
+    "onnxruntime": Builder(
+        module="modelcrate_converter.builders.onnxruntime_builder", needs=("torch", "onnx", "onnxsim", "onnxscript", "safetensors", "jinja2", "onnxruntime")
+    ),
 }
 """Backend name -> how to build for it."""
 

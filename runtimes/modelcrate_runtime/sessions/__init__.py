@@ -37,7 +37,7 @@ class SessionOptions:
     Attributes:
         device: "cpu" or "cuda", MMDeploy's names.
         device_id: which of them.
-        threads: threads inside one operator; None is one for each physical core that this process may use.
+        threads: threads inside one operator; None is one for each core that this process may use.
         providers: ONNX Runtime's execution providers by name, to use exactly these; None follows `device`.
     """
 
