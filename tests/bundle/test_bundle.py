@@ -756,3 +756,14 @@ def test_full_disk_leaves_the_old_bundle(limit: int, net: int, place: Path) -> N
     assert err == ""
     assert out == f"{place}: expected to write there, found: File too large\n"
     assert contents(place.parent) == before
+
+
+def test_zip_of_two_bundles_is_refused_with_both_names(place: Path, tmp_path: Path, write_bundle: WriteBundle) -> None:
+    write_bundle(place)
+    archive = tmp_path / "two.zip"
+    with zipfile.ZipFile(archive, "w") as stream:
+        for folder in ("one", "two"):
+            for path in place.iterdir():
+                stream.write(path, f"{folder}/{path.name}")
+    with pytest.raises(BundleFormatError, match=r"every file name once, found one/.* and two/"):
+        Bundle.open(archive)

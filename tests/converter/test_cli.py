@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -373,3 +374,19 @@ def test_help_lists_the_commands_once(invoke: Invoke) -> None:
     text = invoke("--help").stdout
     for command in ("convert", "run", "inspect", "backends"):
         assert len(re.findall(rf"^\W*{command} ", text, re.MULTILINE)) == 1, text
+
+
+def test_sha256_is_checked_for_local_files_too(invoke: Invoke, checkpoint: Path, target: Path, out: Path) -> None:
+    digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    assert_one_error(invoke("convert", checkpoint, "-t", target, "-o", out, "--sha256", "deadbeef00"), 6, "deadbeef00", digest)
+    assert not (out / ID).exists()
+    assert invoke("convert", checkpoint, "-t", target, "-o", out, "--sha256", digest[:10].upper()).exit_code == 0
+    assert_one_error(invoke("convert", checkpoint, checkpoint, "-t", target, "-o", out, "--sha256", digest), 4, "--sha256")
+
+
+def test_dynamo_says_the_opset_that_it_wrote(invoke: Invoke, checkpoint: Path, target: Path, out: Path) -> None:
+    done = invoke("convert", checkpoint, "-t", target, "-o", out, "--exporter", "dynamo")
+    assert done.exit_code == 0, done.output
+    assert "cannot write opset 17: it wrote 18" in done.stderr
+    detail = json.loads((out / ID / "detail.json").read_text())
+    assert detail["onnx_config"]["opset_version"] == 18

@@ -1,6 +1,9 @@
 """Image files in and out."""
 
+import os
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -141,3 +144,28 @@ def test_folders_are_made_and_what_stands_in_the_way_is_named(tmp_path: Path, pi
         with pytest.raises(OutputError, match="expected to write there") as caught:
             write_image(place, picture)
         assert str(place) in str(caught.value)
+
+
+def test_a_picture_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    """A write that fails leaves the picture that was there, and no other file."""
+    target = tmp_path / "a.png"
+    write_image(target, np.zeros((4, 4, 3), dtype=np.uint8))
+    before = target.read_bytes()
+    code = f"""
+import resource, signal, numpy as np
+from pathlib import Path
+from modelcrate_bundle.errors import OutputError
+from modelcrate_runtime.images import write_image
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+try:
+    write_image(Path({str(target)!r}), np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+except OutputError:
+    print("refused")
+"""
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": f"{root / 'sdk_bundle'}:{root / 'runtimes'}", "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60, check=False)
+    assert done.stdout.strip() == "refused", done.stderr
+    assert target.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
