@@ -86,7 +86,8 @@ def as_boxes(boxes: ArrayLike | None, *, image_hw: tuple[int, int]) -> NDArray[n
         array = array[None]
     if array.ndim != 2 or array.shape[1] != 4:
         raise InputError(f"boxes: expected shape (4,) or (N, 4), found {np.shape(boxes)}", hint="a box is (left, top, right, bottom) in image pixels")
-    if not (np.isfinite(array).all() and (array[:, 2:] >= array[:, :2]).all()):
+    sides = array[:, 2:] - array[:, :2]
+    if not (sides.min() >= 0 and sides.max() < np.inf):  # NaN fails the first, infinity one of the two
         good = np.isfinite(array).all(axis=1) & (array[:, 2:] >= array[:, :2]).all(axis=1)
         index = int(np.flatnonzero(~good)[0])
         raise InputError(
@@ -168,6 +169,7 @@ def _three_points(size_wh: tuple[int, int]) -> NDArray[np.float32]:
 
 _INT16_LIMIT: Final = 2**25
 """Where a position with ten fractional bits leaves int16; OpenCV saturates there."""
+_INT16_LIMIT_PX: Final = 2**15 - 2
 
 
 @functools.cache
@@ -205,13 +207,12 @@ class StraightWarps:
         exact = np.empty((len(warps), width + height))
         np.multiply(_indices(width), step_x, out=exact[:, :width])
         np.multiply(_indices(height), step_y, out=exact[:, width:])
-        exact[:, width:] += y0
+        exact[:, width:] += y0 + 16  # rounds to the same: 16 is even
         np.rint(exact, out=exact)
-        exact[:, :width] += np.rint(x0)
-        if np.abs(exact).max() >= _INT16_LIMIT - 16:
-            np.clip(exact, -_INT16_LIMIT, _INT16_LIMIT - 17, out=exact)
+        exact[:, :width] += np.rint(x0) + 16
+        if any(abs(v) >= _INT16_LIMIT_PX for sx, ox, sy, oy in warps for v in (ox, ox + sx * width, oy, oy + sy * height)):
+            np.clip(exact, -_INT16_LIMIT, _INT16_LIMIT - 1, out=exact)
         fixed = exact.astype(np.int32)
-        fixed += 16
         return cls(pixels=(fixed >> 10).astype(np.int16), bits=((fixed >> 5) & 31).astype(np.uint16), size_wh=size_wh)
 
     def apply(self, image: Image, index: int) -> Image:

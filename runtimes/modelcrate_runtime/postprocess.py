@@ -261,7 +261,8 @@ def decode_simcc(simcc_x: Tensor, simcc_y: Tensor, *, split_ratio: float) -> tup
     scores = np.minimum(simcc_x.max(axis=2), simcc_y.max(axis=2))
     points = np.empty((*scores.shape, 2), dtype=np.float32)
     points[..., 0], points[..., 1] = x, y
-    points[scores <= 0] = -1
+    if scores.min(initial=1) <= 0:
+        points[scores <= 0] = -1
     points /= np.float32(split_ratio)
     return points, scores
 
