@@ -175,11 +175,10 @@ def _check_detector(
         raw = raw_session.run({model.input.name: batch})
         raw_session.close()
     outputs = [_output(name, raw[name], theirs[name], gates.class_logits_linf if name.startswith("cls_") else gates.relative_linf) for name in theirs]
-    input_hw = model.input_hw
     decoder = BoxDecoder(pipeline, geometry="exact", where=model.name)
     reference_decoder = BoxDecoder(describe_pipeline(model, has_nms=False), geometry="exact", where=model.name)
-    our_boxes = decoder.decode(ours, metas, input_hw=input_hw)
-    their_boxes = reference_decoder.decode(theirs, metas, input_hw=input_hw)
+    our_boxes = decoder.decode(ours, metas)
+    their_boxes = reference_decoder.decode(theirs, metas)
     pairs = [_match(a, b, model.postprocess, gates) for a, b in zip(our_boxes, their_boxes, strict=True)]
     undecided = sum(pair.undecided for pair in pairs)
     pixels = [
@@ -240,7 +239,7 @@ def reference_result(model: ExportableModel, image: NDArray[np.uint8]) -> Detect
         decoder = KeypointDecoder(pipeline, geometry="exact", where=model.name)
         return decoder.decode(run_reference(model, tensor), crops, input_hw=model.input_hw)
     tensor, meta = preprocessor.image(image)
-    return BoxDecoder(pipeline, geometry="exact", where=model.name).decode(run_reference(model, tensor), [meta], input_hw=model.input_hw)[0]
+    return BoxDecoder(pipeline, geometry="exact", where=model.name).decode(run_reference(model, tensor), [meta])[0]
 
 
 def failed_gates(record: ParityRecord) -> list[str]:

@@ -47,18 +47,16 @@ class BoxDecoder:
         self._geometry = geometry
         self._where = where
 
-    def decode(self, outputs: Outputs, metas: Sequence[ImageMeta], *, input_hw: tuple[int, int]) -> list[Detections]:
+    def decode(self, outputs: Outputs, metas: Sequence[ImageMeta]) -> list[Detections]:
         """Decode one batch.
 
         Args:
             outputs: network outputs by name: `dets` (B, n, 4 or 5) with `labels` (B, n); or `detection_output` (B, n, 6); or a raw head's maps.
             metas: (B) what preprocessing did to each image.
-            input_hw: network input (height, width) in pixels.
 
         Returns:
             (B) detections in image pixels.
         """
-        del input_hw
         if isinstance(self._params, RawHeadParams):
             return self._decode_raw(outputs, metas, self._params)
         thr = self._params.score_thr if self._params.conf_thr is None else self._params.conf_thr

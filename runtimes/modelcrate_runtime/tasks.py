@@ -194,14 +194,14 @@ class Detector(_Task):
         for i, (tensor, _) in enumerate(prepared):
             by_shape.setdefault(tensor.shape, []).append(i)
         results: list[Detections | None] = [None] * len(prepared)
-        for shape, of_shape in by_shape.items():
+        for of_shape in by_shape.values():
             # Call by call: a graph with NMS may give another number of rows each time, which could not be joined.
             for start in range(0, len(of_shape), self.max_batch):
                 indices = of_shape[start : start + self.max_batch]
                 tensors = [prepared[i][0] for i in indices]
                 metas: list[ImageMeta] = [prepared[i][1] for i in indices]
                 outputs = self._infer(tensors[0] if len(tensors) == 1 else np.concatenate(tensors))
-                for i, detections in zip(indices, self._decoder.decode(outputs, metas, input_hw=(shape[2], shape[3])), strict=True):
+                for i, detections in zip(indices, self._decoder.decode(outputs, metas), strict=True):
                     results[i] = detections
         return [detections for detections in results if detections is not None]
 

@@ -17,7 +17,6 @@ from modelcrate_runtime.geometry import Crop
 from modelcrate_runtime.postprocess import BoxDecoder, KeypointDecoder, decode_raw_head, decode_simcc, suppress
 from modelcrate_runtime.preprocess import ImageMeta, Preprocessor
 
-INPUT_HW = (320, 320)
 SAME = Crop(step_xy=(1.0, 1.0), origin_xy=(0.0, 0.0))
 
 
@@ -42,7 +41,7 @@ def boxes_of(
     """Decode a batch; for one meta its detections, for several a list."""
     decoder = BoxDecoder(pipeline_of(component, params or {}), geometry=geometry, where="bundle")
     metas = meta if isinstance(meta, list) else [meta]
-    results = decoder.decode(outputs, metas, input_hw=INPUT_HW)
+    results = decoder.decode(outputs, metas)
     assert len(results) == len(metas)
     return results if isinstance(meta, list) else results[0]
 
@@ -218,7 +217,7 @@ def test_exact_boxes_are_where_the_object_was(name: str) -> None:
     inside = tensor[0, 0] > 127
     y, x = np.flatnonzero(inside.any(axis=1)), np.flatnonzero(inside.any(axis=0))
     rows = np.array([[[x[0], y[0], x[-1] + 1, y[-1] + 1, 0.9]]], dtype=np.float32)
-    (found,) = BoxDecoder(pipeline, geometry="exact", where="bundle").decode({"dets": rows, "labels": np.zeros((1, 1))}, [meta], input_hw=tensor.shape[2:])
+    (found,) = BoxDecoder(pipeline, geometry="exact", where="bundle").decode({"dets": rows, "labels": np.zeros((1, 1))}, [meta])
     # An edge is found to half a network pixel; at 160 and 200 pixels of width one of those is two and a half of the image.
     np.testing.assert_allclose(found.boxes_xyxy, [[100, 60, 260, 180]], atol=1.5)
 
