@@ -1,8 +1,10 @@
-"""How many cores there are to use."""
+"""How many cores there are to use, and the threads that use them."""
 
 from __future__ import annotations
 
+import functools
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 
 def usable_cores() -> int:
@@ -10,3 +12,12 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return max(1, len(os.sched_getaffinity(0)))
     return os.cpu_count() or 1
+
+
+@functools.cache
+def workers() -> ThreadPoolExecutor:
+    """Threads for the crops and the side-by-side network calls of all tasks in the process; they wait without cost.
+
+    What is submitted must never wait for something else that is submitted here.
+    """
+    return ThreadPoolExecutor(max_workers=usable_cores(), thread_name_prefix="modelcrate")

@@ -256,10 +256,11 @@ def decode_simcc(simcc_x: Tensor, simcc_y: Tensor, *, split_ratio: float) -> tup
         (N, K, 2) float32 in network pixels, -1 / split_ratio where the score is not positive; and (N, K) float32 scores, the smaller maximum.
     """
     x, y = simcc_x.argmax(axis=2), simcc_y.argmax(axis=2)
-    scores = np.minimum(simcc_x.max(axis=2), simcc_y.max(axis=2))
+    # `reduce` is what `max` calls, without the way there.
+    scores = np.minimum(np.maximum.reduce(simcc_x, axis=2), np.maximum.reduce(simcc_y, axis=2))
     points = np.empty((*scores.shape, 2), dtype=np.float32)
     points[..., 0], points[..., 1] = x, y
-    if scores.min(initial=1) <= 0:
+    if np.minimum.reduce(scores, axis=None, initial=1) <= 0:
         points[scores <= 0] = -1
     points /= np.float32(split_ratio)
     return points, scores

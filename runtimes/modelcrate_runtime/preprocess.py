@@ -6,8 +6,6 @@ up to Normalize work on uint8 pixels; the normalised planes go straight into the
 
 from __future__ import annotations
 
-import functools
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -30,10 +28,12 @@ from modelcrate_bundle.schema import (
     TopDownGetBboxCenterScale,
     Transform,
 )
-from modelcrate_runtime.cores import usable_cores
-from modelcrate_runtime.geometry import Crop, Geometry, Image, StraightWarps, as_boxes, crop_sdk, plan_exact
+from modelcrate_runtime.cores import usable_cores, workers
+from modelcrate_runtime.geometry import Crop, Cut, Geometry, Image, StraightWarps, as_boxes, plan_exact, plan_sdk
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import ArrayLike, NDArray
 
 Tensor: TypeAlias = "NDArray[np.float32]"
@@ -134,20 +134,21 @@ class Preprocessor:
         for i, transform in enumerate(pipeline.preprocess.transforms):
             self._place(transform, index=i, is_normalized=is_normalized)
             is_normalized |= isinstance(transform, Normalize)
-        self.is_top_down = any(isinstance(t, TopDownAffine) for t in self._before)
+        self._affine = next((t for t in self._before if isinstance(t, TopDownAffine)), None)
+        self.is_top_down = self._affine is not None
         if self.is_top_down and len(self._before) > 1:
             others = ", ".join(t.type for t in self._before if not isinstance(t, TopDownAffine)) or "a second TopDownAffine"
             raise UnsupportedBundleError(f"{where}: transforms: expected TopDownAffine alone before Normalize, found {others} beside it")
-        if self.is_top_down and self._box_step is None:
-            self._box_step = TopDownGetBboxCenterScale(image_size=next(t.image_size for t in self._before if isinstance(t, TopDownAffine)))
+        if self._affine is not None and self._box_step is None:
+            self._box_step = TopDownGetBboxCenterScale(image_size=self._affine.image_size)
         channels = 3 if self._load.color_type.startswith("color") else 1
         mean = self._normalize.mean if self._normalize else [0.0] * channels
         std = self._normalize.std if self._normalize else [1.0] * channels
         if len(mean) != channels or len(std) != channels or 0.0 in std:
             raise UnsupportedBundleError(f"{where}: Normalize: expected {channels} means and non-zero standard deviations, found {mean} and {std}")
         # As the SDK: float32 throughout, times the reciprocal.
-        self._mean = np.asarray(mean, dtype=np.float32)[:, None, None]
-        self._inverse = np.float32(1) / np.asarray(std, dtype=np.float32)[:, None, None]
+        levels = np.arange(256, dtype=np.float32)
+        self._tables = [(levels - np.float32(m)) * (np.float32(1) / np.float32(s)) for m, s in zip(mean, std, strict=True)]
         self._swap = bool(self._normalize and self._normalize.to_rgb and channels == 3)
         self._channels = channels
         pad = next((t for t in self._before if isinstance(t, Pad) and t.size is not None and not t.pad_to_square), None)
@@ -204,6 +205,33 @@ class Preprocessor:
             tensor = _pad_planes(tensor, pad)
         return tensor, meta
 
+    def plan_crops(self, image: NDArray[np.uint8], boxes: ArrayLike | None) -> PlannedCrops:
+        """Decide where the crops of an image lie, one for each box, without cutting them.
+
+        Args:
+            image: as `check_image` takes it.
+            boxes: (4,) or (N, 4) left, top, right, bottom in image pixels; None for the whole image.
+
+        Returns:
+            The N crops, to be rendered in parts and by any thread.
+        """
+        affine, box_step = self._affine, self._box_step
+        assert affine is not None  # only top-down bundles have boxes,
+        assert box_step is not None  # and the constructor saw to it
+        pixels = self.prepare(image)
+        image_hw = (pixels.shape[0], pixels.shape[1])
+        array = as_boxes(boxes, image_hw=image_hw)
+        size_wh, padding = affine.image_size, box_step.padding
+        if self._geometry == "exact":
+            rows, crops = [], []
+            for box in array.tolist():
+                row, crop = plan_exact(box, size_wh=size_wh, padding=padding, use_udp=bool(affine.use_udp))
+                rows.append(row)
+                crops.append(crop)
+            return PlannedCrops(pixels=pixels, cuts=StraightWarps.of(rows, size_wh=size_wh), crops=crops, size_wh=size_wh, fill=self._fill)
+        plans = [plan_sdk(None if boxes is None else box, image_hw=image_hw, size_wh=size_wh, padding=padding) for box in array]
+        return PlannedCrops(pixels=pixels, cuts=[cut for cut, _ in plans], crops=[crop for _, crop in plans], size_wh=size_wh, fill=self._fill)
+
     def crops(self, image: NDArray[np.uint8], boxes: ArrayLike | None) -> tuple[Tensor, list[Crop]]:
         """One crop for each box of an image.
 
@@ -214,45 +242,18 @@ class Preprocessor:
         Returns:
             (N, C, h, w) float32 and the N maps back.
         """
-        affine = next(t for t in self._before if isinstance(t, TopDownAffine))
-        assert self._box_step is not None  # the constructor saw to it
-        pixels = self.prepare(image)
-        height, width = pixels.shape[:2]
-        array = as_boxes(boxes, image_hw=(height, width))
-        size_wh = affine.image_size
-        tensor = np.empty((len(array), self._channels, size_wh[1], size_wh[0]), dtype=np.float32)
-        padding = self._box_step.padding
-        # All arithmetic first and at once, so that the threads below are in OpenCV and numpy nearly all of their time.
-        is_exact = self._geometry == "exact" and len(array) > 0
-        plans = [plan_exact(box, size_wh=size_wh, padding=padding, use_udp=bool(affine.use_udp)) for box in array] if is_exact else []
-        warps = StraightWarps.of([row for row, _ in plans], size_wh=size_wh) if plans else None
-
-        def one(index: int) -> Crop:
-            if warps is not None:
-                patch, crop = warps.apply(pixels, index), plans[index][1]
-            else:
-                patch, crop = crop_sdk(pixels, None if boxes is None else array[index], size_wh=size_wh, padding=padding)
-            self._fill(patch, tensor[index])
-            return crop
-
-        # OpenCV works on one crop with one thread; several crops keep several cores busy, this thread's among them.
-        share = max(1, -(-len(array) // usable_cores()))
-        parts = [range(start, min(start + share, len(array))) for start in range(0, len(array), share)]
-        pending = [_workers().submit(lambda part: [one(i) for i in part], part) for part in parts[1:]]
-        crops = [one(i) for i in parts[0]] if parts else []
-        for future in pending:
-            crops += future.result()
-        return tensor, crops
+        planned = self.plan_crops(image, boxes)
+        return planned.render(range(len(planned.crops))), planned.crops
 
     def _fill(self, pixels: Image, planes: NDArray[np.float32]) -> None:
-        """Normalize (h, w, C) uint8 pixels into (C, h, w) float32 planes of a batch."""
-        separate = np.empty(planes.shape, dtype=np.uint8)
+        """Normalize (h, w, C) uint8 pixels into (C, h, w) float32 planes of a batch: a table of 256 values per channel gives the same bits."""
         if self._channels == 1:
-            separate[0] = pixels[:, :, 0]
-        else:
-            cv2.split(pixels, list(separate[::-1]) if self._swap else list(separate))
-        np.subtract(separate, self._mean, out=planes)
-        np.multiply(planes, self._inverse, out=planes)
+            cv2.LUT(pixels, self._tables[0], planes[0])
+            return
+        separate = np.empty(planes.shape, dtype=np.uint8)
+        cv2.split(pixels, list(separate[::-1]) if self._swap else list(separate))
+        for source, table, target in zip(separate, self._tables, planes, strict=True):
+            cv2.LUT(source, table, target)
 
     def _apply(self, transform: Transform, pixels: Image, meta: ImageMeta) -> Image:
         if isinstance(transform, Resize):
@@ -266,10 +267,52 @@ class Preprocessor:
         raise UnsupportedBundleError(f"{self._where}: {transform.type} needs a box; this task gives whole images")
 
 
-@functools.cache
-def _workers() -> ThreadPoolExecutor:
-    """Threads for the crops of all estimators in the process; they wait without cost."""
-    return ThreadPoolExecutor(max_workers=usable_cores(), thread_name_prefix="modelcrate-crop")
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PlannedCrops:
+    """The crops of one image: where they lie is decided, the pixels are not yet cut.
+
+    Attributes:
+        pixels: (H, W, C) uint8, the image in the channel order of the bundle.
+        cuts: what to cut for each crop.
+        crops: (N) the maps back.
+        size_wh: network input (width, height) in pixels.
+        fill: normalises a (height, width, C) uint8 crop into (C, height, width) float32 planes.
+    """
+
+    pixels: Image
+    cuts: StraightWarps | list[Cut]
+    crops: list[Crop]
+    size_wh: tuple[int, int]
+    fill: Callable[[Image, NDArray[np.float32]], None]
+
+    def render(self, part: range) -> Tensor:
+        """Crops number `part`, cut and normalised: (n, C, height, width) float32. Several crops keep several cores busy."""
+        tensor = self._empty(part)
+        # OpenCV works on one crop with one thread.
+        share = max(1, -(-len(part) // usable_cores()))
+        shares = [range(start, min(start + share, len(part))) for start in range(0, len(part), share)]
+        pending = [workers().submit(self._render_into, tensor, part, share) for share in shares[1:]]
+        if shares:
+            self._render_into(tensor, part, shares[0])
+        for future in pending:
+            future.result()
+        return tensor
+
+    def render_here(self, part: range) -> Tensor:
+        """`render` by the calling thread alone, for callers that are one thread of many."""
+        tensor = self._empty(part)
+        self._render_into(tensor, part, range(len(part)))
+        return tensor
+
+    def _empty(self, part: range) -> Tensor:
+        width, height = self.size_wh
+        return np.empty((len(part), self.pixels.shape[2], height, width), dtype=np.float32)
+
+    def _render_into(self, tensor: Tensor, part: range, share: range) -> None:
+        for i in share:
+            index = part[i]
+            patch = self.cuts.apply(self.pixels, index) if isinstance(self.cuts, StraightWarps) else self.cuts[index].apply(self.pixels)
+            self.fill(patch, tensor[i])
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:

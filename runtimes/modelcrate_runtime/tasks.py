@@ -6,14 +6,18 @@ methods run many inputs in as few network calls as the artefact allows.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, Self
+import functools
+from collections.abc import Callable, Mapping
+from concurrent.futures import wait
+from typing import TYPE_CHECKING, Final, Self, TypeAlias
 
 import numpy as np
 
 from modelcrate_bundle.bundle import Bundle
 from modelcrate_bundle.errors import BundleFormatError, ConfigError, TaskMismatchError
+from modelcrate_runtime.cores import workers
 from modelcrate_runtime.postprocess import BoxDecoder, KeypointDecoder
-from modelcrate_runtime.preprocess import ImageMeta, Preprocessor
+from modelcrate_runtime.preprocess import ImageMeta, PlannedCrops, Preprocessor
 from modelcrate_runtime.results import Detections, Poses
 from modelcrate_runtime.sessions import Session, SessionOptions, open_session
 
@@ -28,8 +32,38 @@ if TYPE_CHECKING:
     from modelcrate_runtime.geometry import Crop, Geometry
     from modelcrate_runtime.preprocess import Tensor
 
+Feed: TypeAlias = "Callable[[range], Tensor]"
+Run: TypeAlias = "Callable[[Mapping[str, NDArray[np.generic]]], dict[str, NDArray[np.generic]]]"
+
 DEFAULT_MAX_BATCH: Final = 32
 """Inputs in one network call where the artefact takes any number and no manifest says otherwise: more only costs memory."""
+
+
+BESIDE_BATCH: Final = 4
+"""Inputs in one of several calls side by side: what a batch saves is saved by then, and its activations still fit into a core's cache."""
+
+
+def plan_calls(count: int, *, max_batch: int, streams: int) -> tuple[list[list[range]], list[range]]:
+    """Divide inputs among network calls.
+
+    Args:
+        count: inputs.
+        max_batch: inputs that one call may take.
+        streams: calls that may run side by side; 1 for none.
+
+    Returns:
+        For each stream, as many as there are or none, the calls that it makes one after another: all streams have the same number of inputs.
+        And the calls for what remains, fewer than `streams` inputs or all of them, which use the whole device.
+    """
+    each = count // streams if streams > 1 else 0
+    lanes = [_chunks(range(i * each, (i + 1) * each), min(max_batch, BESIDE_BATCH)) for i in range(streams)] if each else []
+    return lanes, _chunks(range(each * streams, count), max_batch)
+
+
+def _chunks(part: range, most: int) -> list[range]:
+    """A range in consecutive pieces of nearly equal length."""
+    pieces = -(-len(part) // most)
+    return [part[len(part) * i // pieces : len(part) * (i + 1) // pieces] for i in range(pieces)]
 
 
 class _Task:
@@ -44,6 +78,7 @@ class _Task:
         geometry: Geometry | None = None,
         threads: int | None = None,
         providers: Sequence[str] | None = None,
+        streams: int | None = None,
         verify: bool = True,
         warmup: int = 0,
     ) -> None:
@@ -56,8 +91,10 @@ class _Task:
             geometry: "exact" or "sdk"; None takes the manifest's, and "sdk" for bundles that MMDeploy wrote.
             threads: threads inside one operator; None is one per usable core.
             providers: ONNX Runtime's execution providers, to use exactly these.
+            streams: network calls side by side when there are at least as many inputs. None is what suits the backend; for ONNX Runtime on a CPU
+                one per thread, which loads the network a second time at the first such batch. 1 is never more than one call at a time.
             verify: whether to compare the files with the manifest's hashes first.
-            warmup: network calls on zeros before the constructor returns, so that the first image is not the slow one.
+            warmup: network calls of each kind on zeros before the constructor returns, so that the first image is not the slow one.
 
         Raises:
             BundleError: see `Bundle.open` and `Bundle.verify`.
@@ -75,14 +112,19 @@ class _Task:
         self._open_decoder()
         self._preprocessor = Preprocessor(bundle.pipeline, geometry=self.geometry, where=str(bundle.root))
         self.session: Session = open_session(
-            bundle, SessionOptions(device=device_name, device_id=device_id, threads=threads, providers=tuple(providers) if providers else None)
+            bundle,
+            SessionOptions(device=device_name, device_id=device_id, threads=threads, providers=tuple(providers) if providers else None, streams=streams),
         )
         self._input = self._image_input()
+        self._max_batch = self._batch_limit()
         output_map = bundle.pipeline.net.output_map
         self._seen_as = {network: seen for seen, network in output_map.items()}
         for _ in range(warmup):
             shape = [dim if isinstance(dim, int) else 1 for dim in self._input.shape]
-            self.session.run({self._input.name: np.zeros(shape, dtype=self._input.dtype)})
+            zeros = np.zeros(shape, dtype=self._input.dtype)
+            self.session.run({self._input.name: zeros})
+            if self.session.streams > 1:
+                self.session.run_beside({self._input.name: zeros})
 
     def _open_decoder(self) -> None:
         raise AssertionError  # each task has its own
@@ -99,6 +141,9 @@ class _Task:
     @property
     def max_batch(self) -> int:
         """Inputs that one network call may take."""
+        return self._max_batch
+
+    def _batch_limit(self) -> int:
         first = self._input.shape[0]
         if isinstance(first, int):
             return first
@@ -110,23 +155,46 @@ class _Task:
         """The same for bundles that say nothing of it."""
         return DEFAULT_MAX_BATCH
 
-    def _infer(self, tensor: Tensor) -> dict[str, NDArray[np.generic]]:
-        """Run (N, C, h, w) in as few calls as the artefact allows; a fixed batch is filled up and its surplus rows dropped."""
-        limit = self.max_batch
-        fixed = isinstance(self._input.shape[0], int)
+    def _infer(self, count: int, feed: Feed, feed_beside: Feed) -> list[tuple[range, dict[str, NDArray[np.generic]]]]:
+        """Run `count` inputs in as few calls as the artefact allows, or side by side where the backend is faster so.
+
+        Args:
+            count: how many inputs there are.
+            feed: makes the inputs number `part`, (n, C, h, w) float32, with as many threads as it likes.
+            feed_beside: the same in one thread.
+
+        Returns:
+            The parts in order, each with its outputs.
+        """
+        lanes, rest = plan_calls(count, max_batch=self._max_batch, streams=self.session.streams)
+        results = self._side_by_side(lanes, feed_beside) if lanes else []
+        return results + [(part, self._call(feed(part), self.session.run)) for part in rest]
+
+    def _side_by_side(self, lanes: list[list[range]], feed: Feed) -> list[tuple[range, dict[str, NDArray[np.generic]]]]:
+        """The calls of all lanes, this thread's among them."""
+
+        def lane(parts: list[range]) -> list[tuple[range, dict[str, NDArray[np.generic]]]]:
+            return [(part, self._call(feed(part), self.session.run_beside)) for part in parts]
+
+        pending = [workers().submit(lane, parts) for parts in lanes[1:]]
+        try:
+            results = lane(lanes[0])
+        finally:
+            wait(pending)  # nobody returns, or raises, while a network of this task is still running
+        for future in pending:
+            results += future.result()
+        return results
+
+    def _call(self, tensor: Tensor, run: Run) -> dict[str, NDArray[np.generic]]:
+        """One network call; a fixed batch is filled up and its surplus rows dropped."""
+        count = len(tensor)
         if self._input.dtype != "float32":
             tensor = tensor.astype(self._input.dtype)
-        parts = []
-        for start in range(0, len(tensor), limit):
-            chunk = tensor[start : start + limit]
-            count = len(chunk)
-            if fixed and count < limit:
-                chunk = np.concatenate([chunk, np.zeros((limit - count, *chunk.shape[1:]), dtype=chunk.dtype)])
-            outputs = self.session.run({self._input.name: chunk})
-            parts.append({self._seen_as.get(name, name): value[:count] if fixed else value for name, value in outputs.items()})
-        if len(parts) == 1:
-            return parts[0]
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        is_short = isinstance(self._input.shape[0], int) and count < self._max_batch
+        if is_short:
+            tensor = np.concatenate([tensor, np.zeros((self._max_batch - count, *tensor.shape[1:]), dtype=tensor.dtype)])
+        outputs = run({self._input.name: tensor})
+        return {self._seen_as.get(name, name): value[:count] if is_short else value for name, value in outputs.items()}
 
     def close(self) -> None:
         """Free the network."""
@@ -195,12 +263,15 @@ class Detector(_Task):
             by_shape.setdefault(tensor.shape, []).append(i)
         results: list[Detections | None] = [None] * len(prepared)
         for of_shape in by_shape.values():
+
+            def feed(part: range, of_shape: list[int] = of_shape) -> Tensor:
+                tensors = [prepared[of_shape[i]][0] for i in part]
+                return tensors[0] if len(tensors) == 1 else np.concatenate(tensors)
+
             # Call by call: a graph with NMS may give another number of rows each time, which could not be joined.
-            for start in range(0, len(of_shape), self.max_batch):
-                indices = of_shape[start : start + self.max_batch]
-                tensors = [prepared[i][0] for i in indices]
+            for part, outputs in self._infer(len(of_shape), feed, feed):
+                indices = [of_shape[i] for i in part]
                 metas: list[ImageMeta] = [prepared[i][1] for i in indices]
-                outputs = self._infer(tensors[0] if len(tensors) == 1 else np.concatenate(tensors))
                 for i, detections in zip(indices, self._decoder.decode(outputs, metas), strict=True):
                     results[i] = detections
         return [detections for detections in results if detections is not None]
@@ -263,17 +334,18 @@ class PoseDetector(_Task):
         Returns:
             For each image its poses, in the order of its boxes.
         """
-        prepared = [self._preprocessor.crops(image, boxes) for image, boxes in zip(images, boxes_xyxy, strict=True)]
-        if not prepared:
-            return []
-        tensor = prepared[0][0] if len(prepared) == 1 else np.concatenate([tensor for tensor, _ in prepared])
-        crops: list[Crop] = [crop for _, of_image in prepared for crop in of_image]
+        planned = [self._preprocessor.plan_crops(image, boxes) for image, boxes in zip(images, boxes_xyxy, strict=True)]
+        crops: list[Crop] = [crop for of_image in planned for crop in of_image.crops]
         if not crops:
-            return [_no_poses(self.keypoint_count) for _ in prepared]
-        poses = self._decoder.decode(self._infer(tensor), crops, input_hw=(tensor.shape[2], tensor.shape[3]))
+            return [_no_poses(self.keypoint_count) for _ in planned]
+        parts = self._infer(len(crops), functools.partial(_render, planned, beside=False), functools.partial(_render, planned, beside=True))
+        outputs = parts[0][1] if len(parts) == 1 else {name: np.concatenate([part[name] for _, part in parts]) for name in parts[0][1]}
+        poses = self._decoder.decode(outputs, crops, input_hw=(planned[0].size_wh[1], planned[0].size_wh[0]))
+        if len(planned) == 1:
+            return [poses]
         results, start = [], 0
-        for _, of_image in prepared:
-            end = start + len(of_image)
+        for of_image in planned:
+            end = start + len(of_image.crops)
             results.append(Poses(keypoints_xy=poses.keypoints_xy[start:end], scores=poses.scores[start:end]))
             start = end
         return results
@@ -287,8 +359,19 @@ class PoseDetector(_Task):
         if isinstance(of_graph, int):
             return of_graph
         _, channels, height, width = (dim if isinstance(dim, int) else 1 for dim in self._input.shape)
-        outputs = self._infer(np.zeros((1, channels, height, width), dtype=np.float32))
+        outputs = self._call(np.zeros((1, channels, height, width), dtype=np.float32), self.session.run)
         return int(next(iter(outputs.values())).shape[1])
+
+
+def _render(planned: Sequence[PlannedCrops], part: range, *, beside: bool) -> Tensor:
+    """Crops number `part`, counted through all images."""
+    tensors, first = [], 0
+    for of_image in planned:
+        here = range(max(part.start - first, 0), min(part.stop - first, len(of_image.crops)))
+        if here:
+            tensors.append(of_image.render_here(here) if beside else of_image.render(here))
+        first += len(of_image.crops)
+    return tensors[0] if len(tensors) == 1 else np.concatenate(tensors)
 
 
 def _check_task(bundle: Bundle, *, module: str, expected: str) -> None:

@@ -100,6 +100,21 @@ def test_udp_differs_from_plain_by_the_unit_of_length() -> None:
     np.testing.assert_allclose(udp.step_xy, (120 / 191, 160 / 255), atol=1e-7)
 
 
+@given(left=corner, top=corner, width=side, height=side, padding=st.sampled_from([1.0, 1.2, 1.25, 1.5]))
+@settings(max_examples=200, deadline=None)
+def test_exact_crop_is_computed_in_float32_as_mmpose_does(left: float, top: float, width: float, height: float, padding: float) -> None:
+    """MMPose's bbox_xyxy2cs and _fix_aspect_ratio, on float32 arrays; equal to the bit."""
+    box = np.array([left, top, left + width, top + height], dtype=np.float32)
+    center = (box[:2] + box[2:]) * np.float32(0.5)
+    w, h = np.maximum(box[2:] - box[:2], np.float32(1)) * np.float32(padding)
+    aspect = np.float32(SIZE_WH[0] / SIZE_WH[1])
+    w, h = (w, w / aspect) if w > h * aspect else (h * aspect, h)
+    assert w.dtype == h.dtype == np.float32
+    _, crop = crop_exact(position_image(), box, size_wh=SIZE_WH, padding=padding, use_udp=False)
+    assert crop.step_xy == (float(w) / SIZE_WH[0], float(h) / SIZE_WH[1])
+    assert crop.origin_xy == (float(center[0]) - 0.5 * float(w), float(center[1]) - 0.5 * float(h))
+
+
 def test_to_image_uses_each_crop_for_its_own_points() -> None:
     crops = [Crop(step_xy=(2.0, 3.0), origin_xy=(10.0, -20.0)), Crop(step_xy=(0.5, 0.25), origin_xy=(0.0, 1.0))]
     points = np.array([[[0, 0], [1, 1]], [[0, 0], [4, 8]]], dtype=np.float32)

@@ -186,6 +186,33 @@ def test_threads_default_to_the_cores_that_the_process_may_use(graph_of: Callabl
         os.sched_setaffinity(0, cores)
 
 
+@pytest.mark.parametrize(("threads", "streams", "expected"), [(1, None, 1), (2, None, 2), (4, 2, 2), (2, 8, 2), (2, 1, 1)])
+def test_streams_share_the_threads(graph_of: Callable[..., Path], threads: int, streams: int | None, expected: int) -> None:
+    session = opened(graph_of(), SessionOptions(threads=threads, streams=streams))
+    assert session.streams == expected
+    x = np.array([[-1, 2], [3, -4]], dtype=np.float32)
+    np.testing.assert_array_equal(session.run_beside({"x": x})["y"], session.run({"x": x})["y"])
+    session.close()
+    with pytest.raises(InputError, match="closed"):
+        session.run_beside({"x": x})
+
+
+@pytest.mark.parametrize("option", ["threads", "streams"])
+def test_no_threads_and_no_streams_are_errors(graph_of: Callable[..., Path], option: str) -> None:
+    with pytest.raises(ConfigError, match=f"{option}: expected at least 1, found 0"):
+        opened(graph_of(), SessionOptions(**{option: 0}))
+
+
+def test_the_second_network_is_never_another_file(graph_of: Callable[..., Path]) -> None:
+    """A bundle that is rebuilt while it is in use must not answer with two networks."""
+    path = graph_of()
+    session = opened(path, SessionOptions(threads=2))
+    graph_of("Neg")
+    with pytest.raises(BundleIntegrityError, match=r"net\.onnx: expected the file that was loaded, found another one"):
+        session.run_beside({"x": np.ones((1, 2), dtype=np.float32)})
+    np.testing.assert_array_equal(session.run({"x": np.ones((1, 2), dtype=np.float32)})["y"], [[1, 1]])
+
+
 def test_table_of_backends_says_how_to_install() -> None:
     backend = BACKENDS["onnxruntime"]
     assert backend.is_installed

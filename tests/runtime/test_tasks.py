@@ -20,6 +20,7 @@ from modelcrate_bundle import Bundle
 from modelcrate_bundle.errors import BundleIntegrityError, ConfigError, InputError, TaskMismatchError
 from modelcrate_converter.scenes import procedural_scenes
 from modelcrate_runtime import Detections, Detector, PoseDetector, Poses
+from modelcrate_runtime.tasks import BESIDE_BATCH, plan_calls
 
 K = 17
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -63,6 +64,7 @@ class Recording:
     def __init__(self, session: Any) -> None:
         self.session = session
         self.sizes: list[int] = []
+        self.sizes_beside: list[int] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.session, name)
@@ -70,6 +72,10 @@ class Recording:
     def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         self.sizes.append(len(next(iter(feeds.values()))))
         return self.session.run(feeds)
+
+    def run_beside(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        self.sizes_beside.append(len(next(iter(feeds.values()))))
+        return self.session.run_beside(feeds)
 
 
 # ------------------------------------------------------------------------------------------- MMDeploy's calls and their returns
@@ -202,7 +208,7 @@ def test_detector_batch_is_its_single_calls(detector: Detector, images: list[np.
 
 
 def test_images_of_one_input_shape_share_a_call(detector_bundle: Path, images: list[np.ndarray]) -> None:
-    with Detector(detector_bundle) as opened:
+    with Detector(detector_bundle, streams=1) as opened:
         recording = Recording(opened.session)
         opened.session = recording
         assert len(opened.batch(images)) == 4
@@ -239,7 +245,7 @@ def test_many_boxes_are_as_many_single_boxes(pose_bundle: Path, pose: PoseDetect
     """More boxes than the bundle's largest batch run in several calls, none of them larger."""
     image, _ = scene
     boxes = many_boxes(count)
-    with PoseDetector(pose_bundle) as opened:
+    with PoseDetector(pose_bundle, streams=1) as opened:
         assert opened.max_batch == opened.bundle.manifest.shape_ranges["input"].max[0] == 32
         recording = Recording(opened.session)
         opened.session = recording
@@ -247,10 +253,74 @@ def test_many_boxes_are_as_many_single_boxes(pose_bundle: Path, pose: PoseDetect
         assert sum(recording.sizes) == count
         assert max(recording.sizes) <= 32
         assert len(recording.sizes) == -(-count // 32)
+        assert not recording.sizes_beside
     assert together.shape == (count, K, 3)
     chosen = range(count) if count < 10 else [0, 1, 30, 31, count - 2, count - 1]
     for i in chosen:
         np.testing.assert_allclose(together[i], pose(image, boxes[i])[0], **CLOSE)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 8, 33, 70])
+@pytest.mark.parametrize("streams", [1, 2, 3, 16])
+def test_planned_calls_cover_every_input_once(count: int, streams: int) -> None:
+    lanes, rest = plan_calls(count, max_batch=32, streams=streams)
+    assert [i for part in (*(part for lane in lanes for part in lane), *rest) for i in part] == list(range(count))
+    assert len({sum(map(len, lane)) for lane in lanes}) <= 1  # nobody waits for a longer lane
+    assert len(lanes) == (streams if count >= streams > 1 else 0)
+    assert all(0 < len(part) <= BESIDE_BATCH for lane in lanes for part in lane)
+    assert sum(map(len, rest)) == (count if streams == 1 else count % streams)
+    assert all(0 < len(part) <= 32 for part in rest)
+
+
+def test_calls_never_exceed_the_artefacts_batch() -> None:
+    lanes, rest = plan_calls(9, max_batch=1, streams=2)
+    assert [len(part) for lane in lanes for part in lane] == [1] * 8
+    assert [len(part) for part in rest] == [1]
+
+
+@pytest.mark.parametrize("count", [2, 5, 19])
+def test_side_by_side_is_one_by_one(pose_bundle: Path, pose: PoseDetector, images: list[np.ndarray], count: int) -> None:
+    """Also where the calls do not end where the images do."""
+    boxes = [many_boxes(count), many_boxes(1), [], many_boxes(2)]
+    with PoseDetector(pose_bundle, threads=2) as opened:
+        assert opened.session.streams == 2
+        recording = Recording(opened.session)
+        opened.session = recording
+        together = opened.batch(images, boxes)
+        assert sum(recording.sizes_beside) == (count + 3) // 2 * 2
+        assert sum(recording.sizes) == (count + 3) % 2
+    for image, of_image, result in zip(images, boxes, together, strict=True):
+        assert result.shape == (len(of_image), K, 3)
+        for box, points in zip(of_image, result, strict=True):
+            np.testing.assert_allclose(points, pose(image, box)[0], **CLOSE)
+
+
+def test_detectors_run_side_by_side_too(detector_bundle: Path, detector: Detector, images: list[np.ndarray]) -> None:
+    with Detector(detector_bundle, threads=2) as opened:
+        recording = Recording(opened.session)
+        opened.session = recording
+        batch = opened.batch([*images, images[0]])
+        assert (sum(recording.sizes_beside), recording.sizes) == (4, [1])
+    for image, (boxes, labels, _) in zip([*images, images[0]], batch, strict=True):
+        expected_boxes, expected_labels, _ = detector(image)
+        np.testing.assert_allclose(boxes, expected_boxes, **CLOSE)
+        np.testing.assert_array_equal(labels, expected_labels)
+
+
+def test_an_error_in_one_of_several_calls_is_raised(pose_bundle: Path, scene: tuple[np.ndarray, np.ndarray]) -> None:
+    with PoseDetector(pose_bundle, threads=2) as opened:
+        recording = Recording(opened.session)
+        opened.session = recording
+        calls = []
+
+        def failing(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            calls.append(1)
+            raise InputError("no")
+
+        recording.run_beside = failing
+        with pytest.raises(InputError, match="no"):
+            opened(scene[0], many_boxes(4))
+        assert len(calls) == 2  # the other call was waited for
 
 
 @pytest.fixture(scope="module")

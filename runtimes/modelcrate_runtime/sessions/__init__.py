@@ -39,12 +39,14 @@ class SessionOptions:
         device_id: which of them.
         threads: threads inside one operator; None is one for each core that this process may use.
         providers: ONNX Runtime's execution providers by name, to use exactly these; None follows `device`.
+        streams: calls that may run side by side, see `Session.run_beside`; None is what suits the backend, 1 is never more than one.
     """
 
     device: str = "cpu"
     device_id: int = 0
     threads: int | None = None
     providers: tuple[str, ...] | None = None
+    streams: int | None = None
 
 
 class Session(Protocol):
@@ -62,6 +64,15 @@ class Session(Protocol):
 
     def run(self, feeds: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
         """Run once. Arrays by input name in, arrays by output name out; safe to call from several threads."""
+        ...
+
+    @property
+    def streams(self) -> int:
+        """How many calls of `run_beside` at once use the device best; 1 where there is nothing to gain."""
+        ...
+
+    def run_beside(self, feeds: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
+        """`run` with a share of the threads: one of `streams` calls that run side by side and finish more than as many calls one after another."""
         ...
 
     def close(self) -> None:
