@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from modelcrate_converter.models.blueprints import POSE_SIZES, random_weights, rtmpose_shapes
-from modelcrate_converter.scenes import procedural_scenes
+from modelcrate_converter.people import procedural_scenes
 from modelcrate_runtime import PoseDetector
 
 ROOT = Path(__file__).parents[1]

@@ -1,4 +1,4 @@
-"""The main job on checkpoints made here: RANDOM weights, so that the numbers show agreement with PyTorch and nothing else.
+"""The main job on the two models that come along, which were trained on drawn people alone: from checkpoints to verified bundles, and to a picture.
 
 usage: scripts/demo [FOLDER]   (default: demo)
 """
@@ -8,35 +8,81 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
-import torch
+import numpy as np
+from rich.console import Console
+from rich.table import Table
 
-from modelcrate_converter.models.blueprints import DETECTOR_SIZES, POSE_SIZES, random_weights, rtmdet_shapes, rtmpose_shapes
-from modelcrate_converter.scenes import procedural_scenes
+from modelcrate_bundle.errors import MissingBackendError
+from modelcrate_converter.builders import check_can_build
+from modelcrate_converter.config import load_config, target_names
+from modelcrate_converter.demo import HELD_OUT_SEED
+from modelcrate_converter.people import Scene, draw_scene
+from modelcrate_runtime import Detector, PoseDetector
 from modelcrate_runtime.images import write_image
+
+CALLS = 40
 
 
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    widen, deepen = POSE_SIZES["t"]
-    pose = rtmpose_shapes(widen=widen, deepen=deepen, keypoints=17, input_hw=(256, 192))
-    widen, deepen = DETECTOR_SIZES["nano"]
-    detector = rtmdet_shapes(widen=widen, deepen=deepen, classes=1, separable=True)
-    for name, shapes in (("RANDOM_rtmpose_t.pth", pose), ("RANDOM_rtmdet_nano.pth", detector)):
-        torch.save({"state_dict": random_weights(shapes, seed=0)}, folder / name)
-    _, image, box = procedural_scenes(1)[0]
-    write_image(folder / "scene.png", image)
-    print(f"made {folder}/RANDOM_rtmpose_t.pth and {folder}/RANDOM_rtmdet_nano.pth: random weights, nothing is learned in them")
+    scene = demo_scene()
+    write_image(folder / "scene.png", scene.image)
+    print(f"drew {folder}/scene.png: {len(scene.people)} people whom neither model has seen")
+    targets = [name for name in target_names() if can_build(name)]
     crates = folder / "crates"
-    checkpoints = [str(folder / "RANDOM_rtmpose_t.pth"), str(folder / "RANDOM_rtmdet_nano.pth")]
-    show(["modelcrate", "convert", *checkpoints, "-t", "onnxruntime", "-o", str(crates), "--image", str(folder / "scene.png")])
-    corners = ",".join(f"{v:.0f}" for v in box)
-    show(["modelcrate", "run", str(crates / "rtmpose-t_onnxruntime"), str(folder / "scene.png"), "--box", corners, "--save", str(folder / "pose.png")])
-    show(["modelcrate", "inspect", str(crates / "rtmdet-nano_onnxruntime")])
-    print("\nThe weights are random, so the keypoints mean nothing; the parity tables mean what they say. With a real checkpoint:")
+    options = [word for target in targets for word in ("-t", target)]
+    show(["modelcrate", "convert", "demo-det", "demo-pose", *options, "-o", str(crates), "--image", str(folder / "scene.png")])
+    for target in targets:
+        bundles = [str(crates / f"{name}_{target}") for name in ("demo-det", "demo-pose")]
+        show(["modelcrate", "run", *bundles, str(folder / "scene.png"), "--save", str(folder / f"people_{target}.png")])
+    profile(crates, targets, scene)
+    print(f"\nLook at {folder}/people_{targets[0]}.png. Next, with your own RTMPose or RTMDet checkpoint:")
     print("  .venv/bin/modelcrate convert YOUR.pth -t onnxruntime -o crates/ --image YOUR.jpg")
     print("  .venv/bin/modelcrate run crates/<name>_onnxruntime YOUR.jpg --save out.png")
+
+
+def demo_scene() -> Scene:
+    """The first held-out scene with a group of people."""
+    index = 0
+    while len((scene := draw_scene(HELD_OUT_SEED, index, size_hw=(480, 640), people=(4, 6))).people) < 5:
+        index += 1
+    return scene
+
+
+def can_build(target: str) -> bool:
+    try:
+        check_can_build(load_config(target).backend)
+    except MissingBackendError:
+        return False
+    return True
+
+
+def profile(crates: Path, targets: list[str], scene: Scene) -> None:
+    """What each step costs on this machine."""
+    boxes = np.stack([person.box_xyxy for person in scene.people])
+    table = Table("target", "what", "median", "p90", "per second", title=f"\n{CALLS} calls each, preparation and decoding included")
+    for target in targets:
+        with Detector(crates / f"demo-det_{target}", warmup=3) as detector, PoseDetector(crates / f"demo-pose_{target}", warmup=3) as estimator:
+            steps: list[tuple[str, Callable[[], object]]] = [
+                ("find people (demo-det)", lambda d=detector: d.detect(scene.image)),  # type: ignore[misc]
+                ("one pose (demo-pose)", lambda e=estimator: e.estimate(scene.image, boxes[:1])),  # type: ignore[misc]
+                (f"{len(boxes)} poses at once", lambda e=estimator: e.estimate(scene.image, boxes)),  # type: ignore[misc]
+            ]
+            for what, call in steps:
+                seconds = sorted(timed(call) for _ in range(CALLS))
+                middle, slow = seconds[CALLS // 2], seconds[CALLS * 9 // 10]
+                table.add_row(target, what, f"{1e3 * middle:.2f} ms", f"{1e3 * slow:.2f} ms", f"{1 / middle:.0f}")
+    Console().print(table)
+
+
+def timed(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
 
 
 def show(command: list[str]) -> None:

@@ -30,6 +30,7 @@ from modelcrate_converter.models.blueprints import rtmdet_shapes, rtmpose_shapes
 from modelcrate_converter.models.rtmdet import STRIDES, RTMDet
 from modelcrate_converter.models.rtmpose import RTMPose
 from modelcrate_converter.people import DATA_VERSION, Scene, draw_scene
+from modelcrate_runtime.skeletons import COCO_17
 
 POSE_HW = (256, 192)
 DET_SIDE = 320
@@ -351,6 +352,7 @@ def train(options: argparse.Namespace) -> None:
         if (step + 1) % 1000 == 0 or step + 1 == options.steps:
             torch.save({"model": model.state_dict(), "optimiser": optimiser.state_dict(), "average": average, "step": step + 1}, state_path)
             write(options, average, step + 1, batch)
+    write(options, average, options.steps, batch)
     print(f"wrote {options.out} after {(time.monotonic() - started) / 60:.0f} minutes")
 
 
@@ -367,6 +369,16 @@ val_pipeline = [
     dict(type='LoadImage'), dict(type='GetBBoxCenterScale'), dict(type='TopdownAffine', input_size=codec['input_size']), dict(type='PackPoseInputs')]
 test_dataloader = dict(dataset=dict(type='CocoDataset', pipeline=val_pipeline))
 """
+POSE_META = {
+    "dataset_name": "coco",
+    "num_keypoints": len(COCO_17.names),
+    "keypoint_id2name": dict(enumerate(COCO_17.names)),
+    "skeleton_links": COCO_17.skeleton,
+    "flip_pairs": COCO_17.flip_pairs,
+    "sigmas": COCO_17.sigmas,
+    "keypoint_colors": COCO_17.colors,
+    "skeleton_link_colors": COCO_17.link_colors,
+}
 DET_CONFIG = f"""
 model = dict(
     type='RTMDet',
@@ -386,7 +398,7 @@ def write(options: argparse.Namespace, state: dict[str, Tensor], step: int, batc
     made = {"data": DATA_VERSION, "seed": options.seed, "steps": step, "batch": batch, "license": "Apache-2.0; drawn data only, no photographs"}
     meta = {
         "cfg": POSE_CONFIG if is_pose else DET_CONFIG,
-        "dataset_meta": {"dataset_name": "coco"} if is_pose else {"classes": ("person",)},
+        "dataset_meta": POSE_META if is_pose else {"classes": ("person",)},
         "modelcrate": json.dumps(made),
     }
     temporary = options.out.with_suffix(".partial")

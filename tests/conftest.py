@@ -13,7 +13,7 @@ from modelcrate_bundle.bundle import Bundle
 from modelcrate_converter.config import load_config
 from modelcrate_converter.convert import ConvertOptions, convert
 from modelcrate_converter.models.blueprints import random_weights, rtmdet_shapes, rtmpose_shapes
-from modelcrate_converter.scenes import procedural_scenes
+from modelcrate_converter.people import procedural_scenes
 
 SHARED = Path(__file__).parents[2] / "shared"
 """Real checkpoints, bundles and photos beside the checkout; the project builds and passes its tests without them."""

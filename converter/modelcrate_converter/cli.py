@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def convert(
-    checkpoints: Annotated[list[str], typer.Argument(help="Checkpoint files (.pth, .safetensors) or URLs.", metavar="CHECKPOINT...")],
+    checkpoints: Annotated[list[str], typer.Argument(help="Checkpoint files (.pth, .safetensors), URLs, or demo-det and demo-pose, which come along.", metavar="CHECKPOINT...")],
     target: Annotated[list[str], typer.Option("--target", "-t", help="Deploy target, or the path of a deploy config. May be repeated.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder that gets one folder for each bundle.")] = Path("crates"),
     model_config: Annotated[
@@ -91,6 +92,45 @@ def backends(as_json: Annotated[bool, JSON_OPTION] = False) -> None:
         print_backends(backend_rows(can_build=can_build), as_json=as_json)
 
 
+@app.command()
+def people(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; it must be new or empty.")],
+    count: Annotated[int, typer.Option(help="Pictures.")] = 100,
+    seed: Annotated[int, typer.Option(help="The same seed draws the same people.")] = 0,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels. Default: 320x320; for a video 640x360.")] = None,
+    crowd: Annotated[str, typer.Option("--people", help="Least and most people in a picture; for a video the most.", metavar="MIN-MAX")] = "1-6",
+    frames: Annotated[int, typer.Option(help="Write a video of so many frames, in which people walk and cross, instead of pictures.")] = 0,
+) -> None:
+    """Draw people with exact COCO annotations: data for calibration, accuracy and trackers, without a download."""
+    with exit_on_error():
+        from rich.progress import Progress
+
+        from modelcrate_converter.people.dataset import ANNOTATIONS_NAME, write_dataset, write_video
+
+        width, height = _numbers(size or ("640x360" if frames else "320x320"), "x", "--size", "WIDTHxHEIGHT like 320x320")
+        least, most = _numbers(crowd, "-", "--people", "MIN-MAX like 1-6")
+        with Progress(console=consoles()[1], transient=True) as progress:
+            bar = progress.add_task("people", total=frames or count)
+
+            def report(done: int) -> None:
+                raise_if_interrupted()
+                progress.update(bar, completed=done)
+
+            if frames:
+                write_video(out, frames=frames, seed=seed, size_hw=(height, width), people=most, report=report)
+            else:
+                write_dataset(out, count=count, seed=seed, size_hw=(height, width), people=(least, most), report=report)
+        what = f"people.mp4, {frames} frames" if frames else f"{count} pictures"
+        consoles()[0].print(f"wrote {out}: {what} and {ANNOTATIONS_NAME}", soft_wrap=True)
+
+
+def _numbers(text: str, separator: str, option: str, expected: str) -> tuple[int, int]:
+    first, _, second = text.partition(separator)
+    if not (first.isdecimal() and second.isdecimal()):
+        raise ConfigError(f"{option}: expected {expected}, found {text!r}")
+    return int(first), int(second)
+
+
 def main() -> None:
     """The console script."""
     app()
@@ -110,6 +150,7 @@ def _convert_all(
 ) -> tuple[list[tuple[str, Conversion]], list[tuple[str, ModelcrateError]]]:
     """Every checkpoint for every target; one that fails does not stop the others."""
     from modelcrate_converter.convert import convert as convert_one
+    from modelcrate_converter.demo import DEMO_MODELS
     from modelcrate_converter.download import default_cache_dir, download
 
     out, errors = consoles()
@@ -122,8 +163,11 @@ def _convert_all(
             with progress:
                 is_url = "://" in text
                 path = download(text, cache_dir=default_cache_dir(), sha256=sha256, offline=offline, report=progress.show) if is_url else Path(text)
+                chosen = options
+                if text in DEMO_MODELS and not path.exists():
+                    path, chosen = DEMO_MODELS[text], replace(options, name=options.name or text)
                 errors.print(f"{path.name}", style="bold")
-                made = convert_one(path, configs, options, progress.show, taken=owners)
+                made = convert_one(path, configs, chosen, progress.show, taken=owners)
         except ModelcrateError as error:
             failures.append((text, error))
             if len(checkpoints) > 1:

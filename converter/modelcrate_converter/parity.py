@@ -18,7 +18,7 @@ from modelcrate_bundle.errors import InputError
 from modelcrate_bundle.manifest import OutputParity, ParityRecord, PixelParity
 from modelcrate_converter.architecture import DetectorFacts, PoseFacts
 from modelcrate_converter.describe import describe_pipeline
-from modelcrate_converter.scenes import procedural_scenes
+from modelcrate_converter.people import procedural_scenes
 from modelcrate_runtime.postprocess import BoxDecoder, KeypointDecoder
 from modelcrate_runtime.preprocess import ImageMeta, Preprocessor
 from modelcrate_runtime.sessions import Session, SessionOptions, open_artefact

@@ -20,7 +20,7 @@ import pytest
 
 from modelcrate_converter.config import load_config
 from modelcrate_converter.convert import ConvertOptions, convert
-from modelcrate_converter.scenes import procedural_scenes
+from modelcrate_converter.people import procedural_scenes
 from modelcrate_runtime import Detector, PoseDetector
 from modelcrate_runtime.images import read_image
 

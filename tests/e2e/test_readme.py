@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from modelcrate_converter.models.blueprints import DETECTOR_SIZES, POSE_SIZES, random_weights, rtmdet_shapes, rtmpose_shapes
-from modelcrate_converter.scenes import procedural_scenes
+from modelcrate_converter.people import procedural_scenes
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -18,7 +18,7 @@ import pytest
 
 from modelcrate_bundle import Bundle
 from modelcrate_bundle.errors import BundleIntegrityError, ConfigError, InputError, TaskMismatchError
-from modelcrate_converter.scenes import procedural_scenes
+from modelcrate_converter.people import procedural_scenes
 from modelcrate_runtime import Detections, Detector, PoseDetector, Poses
 from modelcrate_runtime.tasks import BESIDE_BATCH, plan_calls
 

@@ -3,6 +3,6 @@
 `body` poses a figure in space, `drawing` paints it, `scenes` composes images and their annotations, `dataset` writes COCO files and video.
 """
 
-from modelcrate_converter.people.scenes import DATA_VERSION, Person, Scene, draw_scene
+from modelcrate_converter.people.scenes import DATA_VERSION, Person, Scene, draw_scene, procedural_scenes
 
-__all__ = ["DATA_VERSION", "Person", "Scene", "draw_scene"]
+__all__ = ["DATA_VERSION", "Person", "Scene", "draw_scene", "procedural_scenes"]

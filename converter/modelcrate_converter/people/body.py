@@ -258,9 +258,7 @@ def walking_pose(phase: float, *, yaw: float, speed: float = 1.0) -> Pose:
         lifted = max(0.0, math.cos(phase) * sign)
         legs.append(Limb(flexion=swing * wave, abduction=0.03, bend=math.radians(8) + math.radians(48) * lifted * speed))
         arms.append(Limb(flexion=-0.9 * swing * wave, abduction=0.12, bend=math.radians(20) + 0.3 * max(0.0, -wave), twist=0.2))
-    return Pose(
-        name="walk", arms=(arms[0], arms[1]), legs=(legs[0], legs[1]), lean=0.06, yaw=yaw, head_pitch=0.05, elevation=0.1, tilt=0.03 * math.sin(phase)
-    )
+    return Pose(name="walk", arms=(arms[0], arms[1]), legs=(legs[0], legs[1]), lean=0.06, yaw=yaw, head_pitch=0.05, elevation=0.1, tilt=0.03 * math.sin(phase))
 
 
 _KINDS: Final = ("stand", "walk", "run", "reach", "sit", "crouch", "jump", "lie")

@@ -346,6 +346,6 @@ def _weave(canvas: Image, parts: Image, look: Look, *, person: int, height_px: f
         zoom = max(0.5, height_px / 180)
         take_w, take_h = min(_TILE_PX, int(w / zoom) + 1), min(_TILE_PX, int(h / zoom) + 1)
         patch = cv2.resize(tile[:take_h, :take_w], (w, h), interpolation=cv2.INTER_LINEAR)
-        cv2.copyTo(patch, cv2.compare(worn, which + 1, cv2.CMP_EQ), factor)
+        cv2.copyTo(patch, cv2.inRange(worn, which + 1, which + 1), factor)
     region = canvas[y : y + h, x : x + w]
     cv2.multiply(region, factor, region, 1 / 128)

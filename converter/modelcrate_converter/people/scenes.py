@@ -127,15 +127,41 @@ def draw_scene(seed: int, index: int = 0, *, size_hw: tuple[int, int] = (320, 32
     return finish(rng, canvas, figures, light=np.array((math.cos(angle), math.sin(angle))))
 
 
-def finish(rng: np.random.Generator, canvas: Image, figures: list[Figure], *, light: Points, occluders: bool = True) -> Scene:
+def procedural_scenes(count: int = 3, *, size_hw: tuple[int, int] = (480, 640)) -> list[tuple[str, Image, NDArray[np.float32]]]:
+    """Scenes with somebody to see in each, always the same ones: what artefacts are compared on when no image is given.
+
+    Args:
+        count: how many.
+        size_hw: (height, width) in pixels.
+
+    Returns:
+        For each scene its name, the (H, W, 3) BGR uint8 image and the (4,) float32 box of the person of whom most is seen.
+    """
+    found: list[tuple[str, Image, NDArray[np.float32]]] = []
+    index = 0
+    while len(found) < count:
+        scene = draw_scene(_EXAMPLES_SEED, index, size_hw=size_hw, people=(1, 3))
+        index += 1
+        people = [person for person in scene.people if person.share_seen > 0.8]
+        if people:
+            best = max(people, key=lambda person: person.area)
+            found.append((f"procedural-{len(found)}", scene.image, best.box_xyxy))
+    return found
+
+
+_EXAMPLES_SEED: Final = 0
+
+
+def finish(rng: np.random.Generator, canvas: Image, figures: list[Figure], *, light: Points, occluders: bool = True, frame: int = 0) -> Scene:
     """Paint figures onto a background, put things in front of them, and photograph it all.
 
     Args:
-        rng: for things and camera.
+        rng: for things and camera: the same state gives the same camera.
         canvas: (H, W, 3) BGR uint8, changed in place.
         figures: farthest first.
         light: (2,) unit vector in the image from which light comes.
         occluders: whether things may stand in front of people.
+        frame: of a video: the grain changes from one to the next.
     """
     parts = np.zeros(canvas.shape[:2], dtype=np.uint8)
     ambient = float(rng.uniform(0.7, 1.1))
@@ -148,7 +174,7 @@ def finish(rng: np.random.Generator, canvas: Image, figures: list[Figure], *, li
     if occluders and rng.random() < 0.35:
         _occlude(rng, canvas, parts, figures)
     found = [_truth(parts, figure, person, alone[person]) for person, figure in enumerate(figures)]
-    return Scene(image=_photograph(rng, canvas), people=[person for person in found if person is not None])
+    return Scene(image=_photograph(rng, canvas, frame=frame), people=[person for person in found if person is not None])
 
 
 # ------------------------------------------------------------------------------------------------------------------ placement
@@ -290,7 +316,9 @@ def draw_background(rng: np.random.Generator, size_hw: tuple[int, int]) -> Image
             end = (x + math.cos(angle) * size, y + math.sin(angle) * size)
             thickness = max(2, int(size * float(rng.uniform(0.1, 0.35))))
             for share, shade in ((1.0, 0.65), (0.7, 0.9), (0.35, 1.1)):
-                cv2.line(canvas, (int(x), int(y)), (int(end[0]), int(end[1])), tuple(min(255, c * shade) for c in color), max(1, int(thickness * share)), cv2.LINE_AA)
+                cv2.line(
+                    canvas, (int(x), int(y)), (int(end[0]), int(end[1])), tuple(min(255, c * shade) for c in color), max(1, int(thickness * share)), cv2.LINE_AA
+                )
         else:
             period = max(3, int(size * 0.25))
             for k in range(int(rng.integers(3, 9))):
@@ -372,7 +400,7 @@ def _grain() -> list[Image]:
     return _GRAIN
 
 
-def _photograph(rng: np.random.Generator, canvas: Image) -> Image:
+def _photograph(rng: np.random.Generator, canvas: Image, *, frame: int) -> Image:
     """Uneven light, colour cast and gamma, blur, grain, sometimes JPEG."""
     height, width = canvas.shape[:2]
     if rng.random() < 0.4:
@@ -397,7 +425,7 @@ def _photograph(rng: np.random.Generator, canvas: Image) -> Image:
             kernel[2 + k * step[0], 2 + k * step[1]] = 0.2
         canvas = cv2.filter2D(canvas, -1, kernel)  # type: ignore[assignment]
     if rng.random() < 0.7 and max(height, width) <= 768:
-        grain = _grain()[int(rng.integers(4))]
+        grain = _grain()[(int(rng.integers(4)) + frame) % 4]
         top, left = int(rng.integers(0, 769 - height)), int(rng.integers(0, 769 - width))
         strength = float(rng.uniform(0.03, 0.3))
         canvas = cv2.addWeighted(canvas, 1.0, grain[top : top + height, left : left + width], strength, -128 * strength)  # type: ignore[assignment]
