@@ -78,7 +78,11 @@ def measure(detector_bundle: Path, pose_bundle: Path, *, count: int, seed: int) 
             true_boxes = np.array([person.box_xyxy for person in scene.people], dtype=np.float32).reshape(-1, 4)
             given += keypoint_rows(image_id, estimator(scene.image, true_boxes), np.ones(len(true_boxes)))
             found += keypoint_rows(image_id, estimator(scene.image, detections.boxes_xyxy), detections.scores)
-    return {"boxes": score(truth, boxes, "bbox"), "keypoints, true boxes": score(truth, given, "keypoints"), "keypoints, detected boxes": score(truth, found, "keypoints")}
+    return {
+        "boxes": coco_figures(truth, boxes, "bbox"),
+        "keypoints, true boxes": coco_figures(truth, given, "keypoints"),
+        "keypoints, detected boxes": coco_figures(truth, found, "keypoints"),
+    }
 
 
 def keypoint_rows(image_id: int, poses: np.ndarray, box_scores: np.ndarray) -> list[dict[str, Any]]:
@@ -94,7 +98,7 @@ def keypoint_rows(image_id: int, poses: np.ndarray, box_scores: np.ndarray) -> l
     return rows
 
 
-def score(truth: dict[str, Any], results: list[dict[str, Any]], kind: str) -> dict[str, float]:
+def coco_figures(truth: dict[str, Any], results: list[dict[str, Any]], kind: str) -> dict[str, float]:
     with contextlib.redirect_stdout(io.StringIO()):
         ground_truth = COCO(truth)
         if not results:

@@ -12,6 +12,7 @@ import torch
 from modelcrate_bundle.bundle import Bundle
 from modelcrate_converter.config import load_config
 from modelcrate_converter.convert import ConvertOptions, convert
+from modelcrate_converter.demo import DEMO_MODELS
 from modelcrate_converter.models.blueprints import random_weights, rtmdet_shapes, rtmpose_shapes
 from modelcrate_converter.people import procedural_scenes
 
@@ -59,12 +60,12 @@ def bundle_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Convert a checkpoint for ONNX Runtime, once for each checkpoint and option; returns the bundle's folder."""
     made: dict[tuple[Path, str], Path] = {}
 
-    def make(checkpoint: Path, *, nms: str = "graph") -> Path:
+    def make(checkpoint: Path, *, nms: str = "graph", name: str | None = None) -> Path:
         key = (checkpoint, nms)
         if key not in made:
             config = load_config("onnxruntime")
             config = type(config)(target=config.target, backend=config.backend, precision=config.precision, gates=config.gates, nms=type(config.nms)(where=nms))
-            (conversion,) = convert(checkpoint, [config], ConvertOptions(out=tmp_path_factory.mktemp("crates")))
+            (conversion,) = convert(checkpoint, [config], ConvertOptions(out=tmp_path_factory.mktemp("crates"), name=name))
             if conversion.error is not None:
                 raise conversion.error
             made[key] = conversion.place
@@ -83,6 +84,18 @@ def pose_bundle(bundle_of: Callable[..., Path], pose_checkpoint: Path) -> Path:
 def detector_bundle(bundle_of: Callable[..., Path], detector_checkpoint: Path) -> Path:
     """The random detector as an ONNX Runtime bundle with NMS in the graph. Do not change its files: copy it."""
     return bundle_of(detector_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def demo_pose_bundle(bundle_of: Callable[..., Path]) -> Path:
+    """The trained pose estimator, for tests whose numbers should mean something. Do not change its files: copy it."""
+    return bundle_of(DEMO_MODELS["demo-pose"], name="demo-pose")
+
+
+@pytest.fixture(scope="session")
+def demo_detector_bundle(bundle_of: Callable[..., Path]) -> Path:
+    """The trained detector with NMS in the graph. Do not change its files: copy it."""
+    return bundle_of(DEMO_MODELS["demo-det"], name="demo-det")
 
 
 @pytest.fixture

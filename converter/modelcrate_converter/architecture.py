@@ -7,7 +7,7 @@ checkpoint, from a config given by the user, or from a named default; two source
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -26,7 +26,9 @@ from modelcrate_converter.facts import (
     DEVIATIONS,
     FLAG,
     FRACTION,
+    HEATMAP_CODEC,
     LEVEL,
+    NAME,
     NAMES,
     NOT_NEGATIVE,
     PAIR,
@@ -39,7 +41,7 @@ from modelcrate_converter.facts import (
     option,
     transform,
 )  # fmt: skip
-from modelcrate_converter.models import rtmdet, rtmpose
+from modelcrate_converter.models import heatmap, rtmdet, rtmpose
 from modelcrate_converter.models.cspnext import STRIDE
 from modelcrate_converter.models.layers import Shapes
 from modelcrate_runtime.skeletons import keypoint_info
@@ -104,6 +106,29 @@ class PoseFacts:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class HeatmapFacts:
+    """How a box becomes a crop, and heatmaps keypoints.
+
+    Attributes:
+        padding: factor on both sides of the box.
+        use_udp: whether the crop follows UDP.
+        is_udp_codec: whether the outer cells of a heatmap lie on the edges of the crop, and the UDP variant of DARK refines.
+        unbiased: whether a codec that is not UDP refines with DARK.
+        blur_kernel_size: side of that refinement's blur, in cells.
+        sigma: of the Gaussians that were learned, in cells; recorded.
+        heatmap_wh: (width, height) in cells.
+    """
+
+    padding: float
+    use_udp: bool
+    is_udp_codec: bool
+    unbiased: bool
+    blur_kernel_size: int
+    sigma: float
+    heatmap_wh: tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ExportableModel:
     """A network in eval mode with everything that a bundle must say of it.
 
@@ -129,7 +154,7 @@ class ExportableModel:
     input: TensorSpec
     outputs: tuple[TensorSpec, ...]
     normalization: Normalization
-    postprocess: DetectorFacts | PoseFacts
+    postprocess: DetectorFacts | PoseFacts | HeatmapFacts
     class_names: list[str]
     keypoints: KeypointInfo | None
     facts: dict[str, str]
@@ -161,13 +186,16 @@ def read_architecture(checkpoint: Checkpoint, *, model_config: Path | None = Non
     shapes = {key: tuple(value.shape) for key, value in state.items()}
     if "head.cls_x.weight" in shapes and "head.gau.uv.weight" in shapes:
         build = _rtmpose
+    elif "head.final_layer.weight" in shapes and "backbone.stem.0.conv.weight" in shapes and "head.cls_x.weight" not in shapes:
+        build = _heatmap_pose
     elif "bbox_head.rtm_cls.0.weight" in shapes and "neck.reduce_layers.0.conv.weight" in shapes:
         build = _rtmdet
     else:
         families = sorted({".".join(key.split(".")[:2]) for key in shapes})
         raise ArchitectureError(
-            f"{checkpoint.path}: expected RTMPose (head.cls_x, head.gau) or RTMDet (bbox_head.rtm_cls, neck), found tensors under {', '.join(families[:6])}",
-            hint="modelcrate converts RTMPose and RTMDet checkpoints of MMPose and MMDetection",
+            f"{checkpoint.path}: expected RTMPose (head.cls_x, head.gau), CSPNeXt with heatmaps (head.final_layer) or RTMDet (bbox_head.rtm_cls, neck), "
+            f"found tensors under {', '.join(families[:6])}",
+            hint="modelcrate converts RTMPose, CSPNeXt and RTMDet checkpoints of MMPose and MMDetection",
         )
     try:
         return _try_out(build(checkpoint, state, shapes, sources, name), path=checkpoint.path)
@@ -239,17 +267,9 @@ def _rtmpose(
     sources.must_match("keypoints", lambda config: at(config, "model.head.out_channels"), weights=keypoints)
     default_sigma = (defaults.simcc_sigma(width), defaults.simcc_sigma(height))
 
-    def udp(config: Mapping[str, Any]) -> bool | None:
-        affine = transform(config, "TopdownAffine")
-        return option(affine, "use_udp", default=False) if affine is not None else None
-
-    def padding(config: Mapping[str, Any]) -> float | None:
-        step = transform(config, "GetBBoxCenterScale")
-        return option(step, "padding", default=defaults.BOX_PADDING) if step is not None else None
-
     facts = PoseFacts(
-        padding=float(sources.fact("box padding", padding, POSITIVE, default=defaults.BOX_PADDING)),
-        use_udp=sources.fact("use_udp", udp, FLAG, default=False),
+        padding=_box_padding(sources),
+        use_udp=sources.fact("use_udp", _crop_is_udp, FLAG, default=False),
         split_ratio=ratio,
         sigma=sources.fact("sigma", lambda config: numbers(at(config, "model.head.decoder.sigma")), PAIR, default=default_sigma),
     )
@@ -258,8 +278,6 @@ def _rtmpose(
             "use_dark: expected false, found true: keypoints are decoded as plain SimCC maxima", hint="RTMPose's published configs have use_dark=False"
         )
     normalization = _normalization(sources, mean=defaults.POSE_MEAN, std=defaults.POSE_STD, to_rgb=True, weights=checkpoint.state_dict)
-    from_meta = keypoints_of(sources.dataset_meta, count=keypoints)
-    sources.taken["keypoint names"] = "the checkpoint's dataset_meta" if from_meta else f"default: {'COCO body' if keypoints == 17 else 'numbers'}"
     return ExportableModel(
         name=name or f"rtmpose-{_size_name(shapes)}",
         task="PoseDetector",
@@ -273,7 +291,71 @@ def _rtmpose(
         normalization=normalization,
         postprocess=facts,
         class_names=[],
-        keypoints=from_meta or keypoint_info(keypoints),
+        keypoints=_keypoint_names(sources, count=keypoints),
+        facts=sources.taken,
+        checkpoint=(checkpoint.path.name, checkpoint.sha256),
+    )
+
+
+def _crop_is_udp(config: Mapping[str, Any]) -> bool | None:
+    affine = transform(config, "TopdownAffine")
+    return option(affine, "use_udp", default=False) if affine is not None else None
+
+
+def _box_padding(sources: Sources) -> float:
+    def padding(config: Mapping[str, Any]) -> float | None:
+        step = transform(config, "GetBBoxCenterScale")
+        return option(step, "padding", default=defaults.BOX_PADDING) if step is not None else None
+
+    return float(sources.fact("box padding", padding, POSITIVE, default=defaults.BOX_PADDING))
+
+
+def _keypoint_names(sources: Sources, *, count: int) -> KeypointInfo:
+    from_meta = keypoints_of(sources.dataset_meta, count=count)
+    sources.taken["keypoint names"] = "the checkpoint's dataset_meta" if from_meta else f"default: {'COCO body' if count == 17 else 'numbers'}"
+    return from_meta or keypoint_info(count)
+
+
+def _heatmap_pose(
+    checkpoint: Checkpoint, state: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]], sources: Sources, name: str | None
+) -> ExportableModel:
+    keypoints = Shapes(shapes)["head.final_layer.weight"][0]
+    sources.must_match("keypoints", lambda config: at(config, "model.head.out_channels"), weights=keypoints)
+
+    def codec(key: str) -> Callable[[Mapping[str, Any]], Any]:
+        return lambda config: at(config, f"model.head.decoder.{key}")
+
+    size = sources.fact("input size (width, height)", lambda config: numbers(codec("input_size")(config)), PAIR, default=defaults.HEATMAP_INPUT_WH)
+    width, height = (int(v) for v in size)
+    if width % STRIDE or height % STRIDE:
+        raise ConfigError(f"input size: expected multiples of {STRIDE}, found {width}x{height}")
+    module = heatmap.HeatmapPose(shapes)
+    cells_wh = (width // STRIDE * module.upscaling, height // STRIDE * module.upscaling)
+    sources.must_match("heatmap size (width, height)", lambda config: numbers(codec("heatmap_size")(config)), weights=tuple(float(v) for v in cells_wh))
+    kind = sources.fact("codec", codec("type"), HEATMAP_CODEC, default="UDPHeatmap")
+    is_udp = kind == "UDPHeatmap"
+    if sources.fact("heatmap type", codec("heatmap_type"), NAME, default="gaussian") != "gaussian":
+        raise ConfigError("heatmap_type: expected gaussian, found another: only maps with one Gaussian for each keypoint are decoded")
+    facts = HeatmapFacts(
+        padding=_box_padding(sources),
+        use_udp=sources.fact("use_udp", _crop_is_udp, FLAG, default=is_udp),
+        is_udp_codec=is_udp,
+        unbiased=bool(sources.fact("unbiased", codec("unbiased"), FLAG, default=False)),
+        blur_kernel_size=int(sources.fact("blur_kernel_size", codec("blur_kernel_size"), COUNT, default=defaults.BLUR_KERNEL_SIZE)),
+        sigma=float(sources.fact("sigma", codec("sigma"), POSITIVE, default=defaults.HEATMAP_SIGMA)),
+        heatmap_wh=cells_wh,
+    )
+    return ExportableModel(
+        name=name or f"cspnext-{_size_name(shapes)}_{'udp' if is_udp else 'heatmap'}",
+        task="PoseDetector",
+        sdk_name="topdownposeestimator",
+        module=_load(module, state, checkpoint=checkpoint),
+        input=TensorSpec(name="input", dtype="float32", shape=("batch", 3, height, width)),
+        outputs=(TensorSpec(name="output", dtype="float32", shape=("batch", keypoints, cells_wh[1], cells_wh[0])),),
+        normalization=_normalization(sources, mean=defaults.POSE_MEAN, std=defaults.POSE_STD, to_rgb=True, weights=checkpoint.state_dict),
+        postprocess=facts,
+        class_names=[],
+        keypoints=_keypoint_names(sources, count=keypoints),
         facts=sources.taken,
         checkpoint=(checkpoint.path.name, checkpoint.sha256),
     )

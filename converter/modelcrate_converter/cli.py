@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 @app.command()
 def convert(
-    checkpoints: Annotated[list[str], typer.Argument(help="Checkpoint files (.pth, .safetensors), URLs, or demo-det and demo-pose, which come along.", metavar="CHECKPOINT...")],
+    checkpoints: Annotated[
+        list[str], typer.Argument(help="Checkpoint files (.pth, .safetensors), URLs, or demo-det and demo-pose, which come along.", metavar="CHECKPOINT...")
+    ],
     target: Annotated[list[str], typer.Option("--target", "-t", help="Deploy target, or the path of a deploy config. May be repeated.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder that gets one folder for each bundle.")] = Path("crates"),
     model_config: Annotated[

@@ -14,6 +14,10 @@ DETECTOR_STD: Final = (57.375, 57.12, 58.395)
 DETECTOR_PAD_VALUE: Final = 114
 BOX_PADDING: Final = 1.25
 """MMPose's GetBBoxCenterScale."""
+HEATMAP_INPUT_WH: Final = (192.0, 256.0)
+HEATMAP_SIGMA: Final = 2.0
+BLUR_KERNEL_SIZE: Final = 11
+"""MMPose's UDPHeatmap and MSRAHeatmap codecs, as the CSPNeXt configs have them."""
 PERSON_TEST_CFG: Final = {"score_thr": 0.05, "iou_threshold": 0.6, "max_per_img": 100, "nms_pre": 1000, "min_bbox_size": 0}
 """The one-class RTMDet configs of MMPose's RTMPose project."""
 COCO_TEST_CFG: Final = {"score_thr": 0.001, "iou_threshold": 0.65, "max_per_img": 300, "nms_pre": 30000, "min_bbox_size": 0}

@@ -12,6 +12,7 @@ from modelcrate_bundle.schema import (
     DeployInfo,
     DeployModel,
     DetailInfo,
+    HeatmapDecodeParams,
     ImageToTensor,
     LoadImageFromFile,
     NetTask,
@@ -85,13 +86,21 @@ def describe_pipeline(model: ExportableModel, *, has_nms: bool) -> Pipeline:
                 anchor_generator=AnchorGenerator(offset=0.0, strides=list(STRIDES)),
             )  # fmt: skip
     else:
-        module, component = "mmpose", "SimCCLabelDecode"
+        module = "mmpose"
         transforms = [
             LoadImageFromFile(), TopDownGetBboxCenterScale(padding=facts.padding, image_size=(width, height)),
             TopDownAffine(image_size=(width, height), use_udp=True if facts.use_udp else None), normalize, ImageToTensor(),
             Collect(meta_keys=["img_shape", "pad_shape", "ori_shape", "img_norm_cfg", "scale_factor", "bbox_score", "center", "scale"]),
         ]  # fmt: skip
-        params = SimCCLabelDecodeParams(input_size=(width, height), sigma=list(facts.sigma), simcc_split_ratio=facts.split_ratio)
+        if isinstance(facts, PoseFacts):
+            component = "SimCCLabelDecode"
+            params = SimCCLabelDecodeParams(input_size=(width, height), sigma=list(facts.sigma), simcc_split_ratio=facts.split_ratio)
+        else:
+            component = "TopdownHeatmapSimpleHeadDecode"
+            params = HeatmapDecodeParams(
+                codec="UDPHeatmap" if facts.is_udp_codec else "MSRAHeatmap", input_size=(width, height), heatmap_size=facts.heatmap_wh, sigma=facts.sigma,
+                use_udp=facts.is_udp_codec, unbiased=facts.unbiased, blur_kernel_size=facts.blur_kernel_size,
+            )  # fmt: skip
     return Pipeline(
         input=["img"],
         output=["post_output"],
@@ -122,7 +131,7 @@ def describe_deploy(model: ExportableModel, artifact: BackendArtifact, config: D
 
 def describe_detail(model: ExportableModel, artifact: BackendArtifact, *, opset: int) -> DetailInfo:
     """detail.json, in MMDeploy's words, without paths of the machine."""
-    is_pose = isinstance(model.postprocess, PoseFacts)
+    is_pose = model.task == "PoseDetector"
     dynamic = {spec.name: {"0": "batch"} for spec in (*artifact.inputs, *artifact.outputs)}
     return DetailInfo(
         version=FORMAT_VERSION,

@@ -44,6 +44,8 @@ FLAG: Final = Expected(words="true or false", test=lambda v: isinstance(v, bool)
 CHANNELS: Final = Expected(words="three numbers", test=lambda v: _is_numbers(v, 3, -math.inf))
 DEVIATIONS: Final = Expected(words="three positive numbers", test=lambda v: _is_numbers(v, 3, 0))
 PAIR: Final = Expected(words="two positive numbers", test=lambda v: _is_numbers(v, 2, 0))
+HEATMAP_CODEC: Final = Expected(words="UDPHeatmap or MSRAHeatmap", test=lambda v: v in {"UDPHeatmap", "MSRAHeatmap"})
+NAME: Final = Expected(words="a name", test=lambda v: isinstance(v, str))
 NAMES: Final = Expected(words="names", test=lambda v: isinstance(v, tuple))
 
 

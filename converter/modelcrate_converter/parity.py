@@ -16,7 +16,7 @@ import torch
 
 from modelcrate_bundle.errors import InputError
 from modelcrate_bundle.manifest import OutputParity, ParityRecord, PixelParity
-from modelcrate_converter.architecture import DetectorFacts, PoseFacts
+from modelcrate_converter.architecture import DetectorFacts, HeatmapFacts
 from modelcrate_converter.describe import describe_pipeline
 from modelcrate_converter.people import procedural_scenes
 from modelcrate_runtime.postprocess import BoxDecoder, KeypointDecoder
@@ -85,7 +85,7 @@ def check_parity(model: ExportableModel, artifact: BackendArtifact, canonical: O
     session = open_artefact(artifact.backend, artifact.files, SessionOptions(), where=f"{model.name} for {artifact.backend}")
     try:
         with np.errstate(all="ignore"):  # a network that overflows is said by its figures
-            if isinstance(model.postprocess, PoseFacts):
+            if model.task == "PoseDetector":
                 return _check_pose(model, session, images, gates)
             return _check_detector(model, artifact, session, canonical, images, gates)
     finally:
@@ -134,7 +134,9 @@ def _check_pose(model: ExportableModel, session: Session, images: Sequence[Parit
     our_poses, their_poses = (decoder.decode(values, crops, input_hw=input_hw) for values in (ours, theirs))
     shifts = np.linalg.norm(our_poses.keypoints_xy - their_poses.keypoints_xy, axis=2)
     decided = _decided_maxima(ours, theirs, gate=gates.relative_linf)
-    # SimCC scores are unnormalised logits: their shift is taken relative to the largest where that exceeds 1.
+    if isinstance(model.postprocess, HeatmapFacts):
+        decided &= _steady(decoder, theirs, crops, their_poses, gates, input_hw=input_hw)
+    # SimCC and heatmap scores are unnormalised logits: their shift is taken relative to the largest where that exceeds 1.
     scores = np.abs(our_poses.scores - their_poses.scores) / max(1.0, float(np.abs(their_poses.scores).max(initial=0.0)))
     pixels = [
         _pixels("keypoint_shift_px", shifts[decided], gates.keypoint_px, undecided=int((~decided).sum())),
@@ -146,13 +148,23 @@ def _check_pose(model: ExportableModel, session: Session, images: Sequence[Parit
 def _decided_maxima(ours: Outputs, theirs: Outputs, *, gate: float) -> NDArray[np.bool_]:
     """(N, K) whether PyTorch's own maximum is clear: where the bin that we chose is within the gate of it there, either answer is right."""
     decided: NDArray[np.bool_] | None = None
-    for name, reference in theirs.items():
-        bins, best = ours[name].argmax(axis=2), reference.max(axis=2)
+    for name, output in theirs.items():
+        reference = output.reshape(*output.shape[:2], -1)  # a heatmap is one long row of cells
+        bins, best = ours[name].reshape(reference.shape).argmax(axis=2), reference.max(axis=2)
         chosen = np.take_along_axis(reference, bins[:, :, None], axis=2)[:, :, 0]
         tie = (bins != reference.argmax(axis=2)) & (best - chosen <= gate * np.abs(reference).max())
         decided = ~tie if decided is None else decided & ~tie
     assert decided is not None
     return decided
+
+
+def _steady(decoder: KeypointDecoder, theirs: Outputs, crops: list[Crop], poses: Poses, gates: Gates, *, input_hw: tuple[int, int]) -> NDArray[np.bool_]:
+    """(N, K) whether PyTorch's own keypoint stays when its heatmap moves within the gate: the refinement of a flat peak goes anywhere."""
+    rng = np.random.default_rng(0)
+    moved = {name: value + (gates.relative_linf * np.abs(value).max() * rng.uniform(-1, 1, value.shape)).astype(np.float32) for name, value in theirs.items()}
+    shifts = np.linalg.norm(decoder.decode(moved, crops, input_hw=input_hw).keypoints_xy - poses.keypoints_xy, axis=2)
+    steady: NDArray[np.bool_] = shifts <= gates.keypoint_px
+    return steady
 
 
 # ------------------------------------------------------------------------------------------------------------------- detector
@@ -234,7 +246,7 @@ def reference_result(model: ExportableModel, image: NDArray[np.uint8]) -> Detect
     """What PyTorch finds in one image, for the picture beside the artefact's: pose models take the whole image as one box, as MMDeploy does."""
     pipeline = describe_pipeline(model, has_nms=False)
     preprocessor = Preprocessor(pipeline, geometry="exact", where=model.name)
-    if isinstance(model.postprocess, PoseFacts):
+    if not isinstance(model.postprocess, DetectorFacts):
         tensor, crops = preprocessor.crops(image, None)
         decoder = KeypointDecoder(pipeline, geometry="exact", where=model.name)
         return decoder.decode(run_reference(model, tensor), crops, input_hw=model.input_hw)

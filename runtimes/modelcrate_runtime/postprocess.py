@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from modelcrate_bundle.errors import UnsupportedBundleError
-from modelcrate_bundle.schema import DeepposeRegressionParams, Pipeline, RawHeadParams, ResizeBBoxParams, SimCCLabelDecodeParams
+from modelcrate_bundle.schema import (
+    DeepposeRegressionParams,
+    HeatmapDecodeParams,
+    Pipeline,
+    RawHeadParams,
+    ResizeBBoxParams,
+    SimCCLabelDecodeParams,
+    TopDownAffine,
+)
+from modelcrate_runtime import heatmaps
 from modelcrate_runtime.geometry import Crop, Geometry, Points, to_image
 from modelcrate_runtime.results import Detections, Poses
 
@@ -209,25 +218,34 @@ class KeypointDecoder:
             UnsupportedBundleError: a component or an option that there is no code for.
         """
         params = pipeline.postprocess.params
-        if not isinstance(params, (SimCCLabelDecodeParams, DeepposeRegressionParams)):
-            raise _unsupported(pipeline, ("SimCCLabelDecode", "DeepposeRegressionHeadDecode"), where=where)
+        if not isinstance(params, (SimCCLabelDecodeParams, DeepposeRegressionParams, HeatmapDecodeParams)):
+            raise _unsupported(pipeline, ("SimCCLabelDecode", "DeepposeRegressionHeadDecode", "TopdownHeatmapSimpleHeadDecode and its aliases"), where=where)
         if isinstance(params, SimCCLabelDecodeParams) and params.use_dark and geometry == "exact":
             raise UnsupportedBundleError(f"{where}: use_dark: expected false for SimCC in exact geometry, found true", hint="open it with geometry='sdk'")
+        if isinstance(params, HeatmapDecodeParams):
+            _check_heatmap(params, geometry=geometry, where=where)
         self._params = params
+        self._geometry = geometry
         self._where = where
+        affine = pipeline.transform(TopDownAffine)
+        # A crop by UDP is as long as the distance between its outer pixels' centres.
+        self._is_udp_crop = geometry == "exact" and affine is not None and bool(affine.use_udp)
 
     def decode(self, outputs: Outputs, crops: list[Crop], *, input_hw: tuple[int, int]) -> Poses:
         """Decode the crops of one image.
 
         Args:
-            outputs: network outputs by name: `simcc_x` (N, K, W * ratio) and `simcc_y` (N, K, H * ratio), or `output` (N, K, 2).
+            outputs: network outputs by name: `simcc_x` (N, K, W * ratio) and `simcc_y` (N, K, H * ratio); or `output`, (N, K, h, w) heatmaps or (N, K, 2).
             crops: (N) maps back to the image.
             input_hw: network input (height, width) in pixels.
 
         Returns:
             The poses in image pixels.
         """
-        if isinstance(self._params, DeepposeRegressionParams):
+        if isinstance(self._params, HeatmapDecodeParams):
+            (name,) = outputs
+            points, scores = self._decode_heatmaps(np.asarray(outputs[name], dtype=np.float32), self._params, input_hw=input_hw)
+        elif isinstance(self._params, DeepposeRegressionParams):
             (name,) = outputs
             values = np.asarray(outputs[name], dtype=np.float32)
             values = values.reshape(len(values), -1, 2) if values.ndim == 2 else values[..., :2]
@@ -242,6 +260,47 @@ class KeypointDecoder:
                 np.asarray(outputs["simcc_x"], dtype=np.float32), np.asarray(outputs["simcc_y"], dtype=np.float32), split_ratio=self._params.simcc_split_ratio
             )
         return Poses(keypoints_xy=to_image(points, crops), scores=scores)
+
+    def _decode_heatmaps(self, maps: Tensor, params: HeatmapDecodeParams, *, input_hw: tuple[int, int]) -> tuple[Points, Tensor]:
+        """Peaks in network pixels, refined as the geometry's owner refines them: spec 3.4, or MMPose's UDPHeatmap and MSRAHeatmap codecs."""
+        kernel = params.modulate_kernel
+        if self._geometry == "sdk":
+            is_megvii = params.post_process == "megvii" and not params.use_udp
+            searched = heatmaps.blurred(maps, kernel=kernel) if is_megvii else maps
+            cells, scores = heatmaps.peaks(searched)
+            if params.use_udp:
+                points = heatmaps.dark_udp_sdk(maps, cells, kernel=kernel)
+            elif params.post_process == "unbiased":
+                points = heatmaps.dark(maps, cells, kernel=kernel)
+            elif params.post_process == "null":
+                points = cells.astype(np.float32)
+            else:
+                points = heatmaps.quarter_shifted(searched, cells, low_y=1)
+                if is_megvii:
+                    inside = ((cells > 1) & (cells < np.array(maps.shape[:1:-1]) - 1)).all(axis=2)
+                    points[inside] += np.float32(0.5)
+                    scores = scores / np.float32(255) + np.float32(0.5)
+        else:
+            cells, scores = heatmaps.peaks(maps)
+            kernel = params.blur_kernel_size or kernel
+            if params.use_udp:
+                points = heatmaps.dark_udp(maps, cells, kernel=kernel)
+            elif params.unbiased:
+                points = heatmaps.dark(maps, cells, kernel=kernel)
+            else:
+                points = heatmaps.quarter_shifted(maps, cells, low_y=0)
+        spans = np.array(input_hw[::-1], dtype=np.float64) - self._is_udp_crop
+        cells_wh = np.array(maps.shape[:1:-1]) - params.use_udp
+        return (points * (spans / cells_wh)).astype(np.float32), scores
+
+
+def _check_heatmap(params: HeatmapDecodeParams, *, geometry: Geometry, where: str) -> None:
+    if params.target_type.lower() != "gaussianheatmap":
+        raise UnsupportedBundleError(f"{where}: target_type: expected GaussianHeatmap, found {params.target_type!r}")
+    if params.modulate_kernel < 1 or params.modulate_kernel % 2 == 0 or (params.blur_kernel_size or 1) % 2 == 0:
+        raise UnsupportedBundleError(f"{where}: modulate_kernel: expected an odd number, found {params.modulate_kernel}")
+    if geometry == "exact" and params.post_process == "megvii":
+        raise UnsupportedBundleError(f"{where}: post_process: expected default in exact geometry, found 'megvii'", hint="open it with geometry='sdk'")
 
 
 def decode_simcc(simcc_x: Tensor, simcc_y: Tensor, *, split_ratio: float) -> tuple[Points, Tensor]:

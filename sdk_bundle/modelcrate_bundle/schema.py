@@ -244,6 +244,25 @@ class DeepposeRegressionParams(Params, kw_only=True):
     """Regression heads: coordinates as fractions of the network input."""
 
 
+class HeatmapDecodeParams(Params, kw_only=True):
+    """Heatmap heads. `blur_kernel_size`, `unbiased` and what follows them are the codec's: exact geometry reads them, the SDK does not.
+
+    `post_process` is default, unbiased, megvii or null; `use_udp` puts the outer cells on the edges of the crop; sizes are (width, height).
+    """
+
+    post_process: str = "default"
+    modulate_kernel: int = 11
+    use_udp: bool = False
+    target_type: str = "GaussianHeatmap"
+    flip_test: bool = False
+    blur_kernel_size: int | None = None
+    unbiased: bool = False
+    codec: str | None = msgspec.field(default=None, name="type")
+    input_size: tuple[int, int] | None = None
+    heatmap_size: tuple[int, int] | None = None
+    sigma: list[float] | float | None = None
+
+
 class UnknownParams(Params, kw_only=True):
     """Parameters of a component that this library has no code for."""
 
@@ -254,6 +273,11 @@ COMPONENTS: dict[str, type[Params]] = {
     "BaseDenseHead": RawHeadParams,
     "SimCCLabelDecode": SimCCLabelDecodeParams,
     "DeepposeRegressionHeadDecode": DeepposeRegressionParams,
+    "TopdownHeatmapBaseHeadDecode": HeatmapDecodeParams,
+    "TopdownHeatmapSimpleHeadDecode": HeatmapDecodeParams,
+    "TopdownHeatmapMultiStageHeadDecode": HeatmapDecodeParams,
+    "TopdownHeatmapMSMUHeadDecode": HeatmapDecodeParams,
+    "ViPNASHeatmapSimpleHeadDecode": HeatmapDecodeParams,
 }
 
 

@@ -63,6 +63,24 @@ def rtmpose_shapes(
     return table
 
 
+def heatmap_shapes(*, widen: float, deepen: float, keypoints: int, channels: int = 256, deconvs: int = 3) -> dict[str, tuple[int, ...]]:
+    """The state dict of a CSPNeXt with heatmaps.
+
+    Args:
+        widen: factor on all widths of the backbone.
+        deepen: factor on the number of blocks.
+        keypoints: K.
+        channels: width of the transposed convolutions.
+        deconvs: how many of them; each doubles the heatmap.
+    """
+    table = _backbone(widen, deepen, separable=False)
+    for i in range(deconvs):
+        table |= {f"head.deconv_layers.{3 * i}.weight": (channels if i else int(1024 * widen), channels, 4, 4)}
+        table |= {f"head.deconv_layers.{3 * i + 1}.{name}": (channels,) for name in ("weight", "bias", "running_mean", "running_var")}
+        table |= {f"head.deconv_layers.{3 * i + 1}.num_batches_tracked": ()}
+    return table | {"head.final_layer.weight": (keypoints, channels if deconvs else int(1024 * widen), 1, 1), "head.final_layer.bias": (keypoints,)}
+
+
 def rtmdet_shapes(*, widen: float, deepen: float, classes: int, separable: bool) -> dict[str, tuple[int, ...]]:
     """The state dict of an RTMDet.
 
