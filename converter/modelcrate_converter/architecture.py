@@ -44,7 +44,7 @@ from modelcrate_converter.facts import (
 from modelcrate_converter.models import heatmap, rtmdet, rtmpose
 from modelcrate_converter.models.cspnext import STRIDE
 from modelcrate_converter.models.layers import Shapes
-from modelcrate_runtime.skeletons import keypoint_info
+from modelcrate_runtime.skeletons import keypoint_info, published_keypoints
 
 _SIZES: Final = {256: "nano", 384: "t", 512: "s", 768: "m", 1024: "l", 1280: "x"}
 """Channels of the last stage -> the published size."""
@@ -55,6 +55,12 @@ _TEST_CFG: Final[Mapping[str, Expected]] = {
     "nms_pre": COUNT,
     "min_bbox_size": NOT_NEGATIVE,
 }
+_DATA_SETS: Final[Mapping[str, str]] = {
+    "coco": "coco", "CocoDataset": "coco", "halpe26": "halpe26", "Halpe26Dataset": "halpe26", "coco_wholebody": "coco-wholebody",
+    "CocoWholeBodyDataset": "coco-wholebody", "ap10k": "ap10k", "AP10KDataset": "ap10k", "lapa": "lapa", "LapaDataset": "lapa",
+    "coco_wholebody_hand": "hand", "CocoWholeBodyHandDataset": "hand",
+}  # fmt: skip
+"""What MMPose calls a data set, in a checkpoint and in a config -> our name of its keypoints."""
 _IGNORED_PREFIXES: Final = ("data_preprocessor.",)
 
 
@@ -311,9 +317,21 @@ def _box_padding(sources: Sources) -> float:
 
 
 def _keypoint_names(sources: Sources, *, count: int) -> KeypointInfo:
+    """The checkpoint's own names, or those of the data set that it or a config names, or those of the published set with so many keypoints."""
     from_meta = keypoints_of(sources.dataset_meta, count=count)
-    sources.taken["keypoint names"] = "the checkpoint's dataset_meta" if from_meta else f"default: {'COCO body' if count == 17 else 'numbers'}"
-    return from_meta or keypoint_info(count)
+    if from_meta is not None:
+        sources.taken["keypoint names"] = "the checkpoint's dataset_meta"
+        return from_meta
+    named = [("the checkpoint's dataset_meta", sources.dataset_meta.get("dataset_name"))]
+    named += [(who, at(config, "test_dataloader.dataset.type")) for who, config in sources.configs]
+    for who, name in named:
+        data_set = _DATA_SETS.get(str(name))
+        if data_set is not None and len(published_keypoints(data_set).names) == count:
+            sources.taken["keypoint names"] = f"{who}: {data_set}"
+            return published_keypoints(data_set)
+    info = keypoint_info(count)
+    sources.taken["keypoint names"] = f"default: {'COCO body' if count == 17 else 'numbers' if not info.colors else f'the published set of {count}'}"
+    return info
 
 
 def _heatmap_pose(

@@ -21,6 +21,7 @@ Maps: TypeAlias = "NDArray[np.float32]"
 Cells: TypeAlias = "NDArray[np.intp]"
 At: TypeAlias = "Callable[[int, int], Maps]"
 
+_HALF: Final = np.float32(0.5)
 _QUARTER: Final = np.float32(0.25)
 
 
@@ -82,9 +83,9 @@ def dark(maps: Maps, cells: Cells, *, kernel: int) -> Points:
     def at(dx: int, dy: int) -> Maps:
         return _at(v, x + dx, y + dy)
 
-    gradient_x, gradient_y = (at(1, 0) - at(-1, 0)) / 2, (at(0, 1) - at(0, -1)) / 2
-    xx, yy = (at(2, 0) - 2 * at(0, 0) + at(-2, 0)) / 4, (at(0, 2) - 2 * at(0, 0) + at(0, -2)) / 4
-    xy = (at(1, 1) - at(1, -1) - at(-1, 1) + at(-1, -1)) / 4
+    gradient_x, gradient_y = (at(1, 0) - at(-1, 0)) * _HALF, (at(0, 1) - at(0, -1)) * _HALF
+    xx, yy = (at(2, 0) - 2 * at(0, 0) + at(-2, 0)) * _QUARTER, (at(0, 2) - 2 * at(0, 0) + at(0, -2)) * _QUARTER
+    xy = (at(1, 1) - at(1, -1) - at(-1, 1) + at(-1, -1)) * _QUARTER
     inside = (x > 1) & (x < width - 2) & (y > 1) & (y < height - 2)
     return _newton(cells, gradient_x, gradient_y, xx, xy, yy, where=inside, least=1e-6)
 
@@ -142,14 +143,15 @@ def blurred(maps: Maps, *, kernel: int) -> Maps:
     smooth = smooth[:, :, border : border + maps.shape[2], border : border + maps.shape[3]]
     largest = smooth.max(axis=(2, 3), keepdims=True)
     factor = np.divide(maps.max(axis=(2, 3), keepdims=True), largest, out=np.ones_like(largest), where=largest != 0)
-    return smooth * factor
+    scaled: Maps = smooth * factor
+    return scaled
 
 
 def _udp_step(cells: Cells, at: At, *, ridge: float) -> Points:
     here = at(0, 0)
-    gradient_x, gradient_y = (at(1, 0) - at(-1, 0)) / 2, (at(0, 1) - at(0, -1)) / 2
+    gradient_x, gradient_y = (at(1, 0) - at(-1, 0)) * _HALF, (at(0, 1) - at(0, -1)) * _HALF
     xx, yy = at(1, 0) - 2 * here + at(-1, 0), at(0, 1) - 2 * here + at(0, -1)
-    xy = (at(1, 1) - at(1, 0) - at(0, 1) + 2 * here - at(-1, 0) - at(0, -1) + at(-1, -1)) / 2
+    xy = (at(1, 1) - at(1, 0) - at(0, 1) + 2 * here - at(-1, 0) - at(0, -1) + at(-1, -1)) * _HALF
     return _newton(cells, gradient_x, gradient_y, xx + np.float32(ridge), xy, yy + np.float32(ridge), where=cells[..., 0] >= 0, least=0.0)
 
 

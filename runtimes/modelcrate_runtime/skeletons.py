@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Final, TypeAlias
+
+import msgspec
 
 from modelcrate_bundle.manifest import KeypointInfo
 
@@ -31,6 +36,24 @@ COCO_17: Final = KeypointInfo(
 """COCO body: names, links, colours and OKS sigmas as MMPose's `configs/_base_/datasets/coco.py` and pycocotools have them."""
 
 
+_BY_COUNT: Final[Mapping[int, str]] = {21: "hand", 26: "halpe26", 106: "lapa", 133: "coco-wholebody"}
+"""Keypoints -> the published data set that has so many. AP-10K has 17 like COCO and must be named."""
+DATA_SETS: Final = ("coco", "halpe26", "coco-wholebody", "ap10k", "lapa", "hand")
+"""The sets of the published models: body, body with feet, whole body, animal, face, hand."""
+
+
 def keypoint_info(count: int) -> KeypointInfo:
-    """What is known of K keypoints from their number alone: COCO's body for 17, else numbered points without links."""
-    return COCO_17 if count == len(COCO_17.names) else KeypointInfo(names=[f"keypoint_{i}" for i in range(count)])
+    """What is known of K keypoints from their number alone: the published set that has so many, else numbered points without links."""
+    name = "coco" if count == len(COCO_17.names) else _BY_COUNT.get(count)
+    return published_keypoints(name) if name else KeypointInfo(names=[f"keypoint_{i}" for i in range(count)])
+
+
+def published_keypoints(data_set: str) -> KeypointInfo:
+    """The keypoints of one of `DATA_SETS`."""
+    return COCO_17 if data_set == "coco" else _published()[data_set]
+
+
+@functools.cache
+def _published() -> dict[str, KeypointInfo]:
+    """`keypoint_sets.json`: MMPose's `configs/_base_/datasets`, names, links, swaps, sigmas and colours as they stand there."""
+    return msgspec.json.decode((Path(__file__).parent / "keypoint_sets.json").read_bytes(), type=dict[str, KeypointInfo])

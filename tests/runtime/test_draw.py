@@ -6,7 +6,7 @@ import pytest
 from modelcrate_bundle.manifest import KeypointInfo
 from modelcrate_runtime import Detections, Poses
 from modelcrate_runtime.draw import draw_detections, draw_poses
-from modelcrate_runtime.skeletons import COCO_17, keypoint_info
+from modelcrate_runtime.skeletons import COCO_17, DATA_SETS, keypoint_info, published_keypoints
 
 INK = 40
 """Levels that a thin line may lose to anti-aliasing."""
@@ -119,5 +119,35 @@ def test_coco_metadata_hangs_together() -> None:
     for a, b in COCO_17.flip_pairs:
         assert COCO_17.names[a].replace("left", "right") == COCO_17.names[b]
         assert COCO_17.sigmas[a] == COCO_17.sigmas[b]
+    assert published_keypoints("coco") is COCO_17
     assert keypoint_info(3).names == ["keypoint_0", "keypoint_1", "keypoint_2"]
     assert keypoint_info(3).skeleton == []
+
+
+@pytest.mark.parametrize(("data_set", "count"), [("halpe26", 26), ("coco-wholebody", 133), ("ap10k", 17), ("lapa", 106), ("hand", 21), ("coco", 17)])
+def test_published_sets_hold_together(data_set: str, count: int) -> None:
+    info = published_keypoints(data_set)
+    assert len(info.names) == len(set(info.names)) == count == len(info.colors)
+    assert len(info.skeleton) == len(info.link_colors)
+    assert all(0 <= a < count and 0 <= b < count and a != b for a, b in (*info.skeleton, *info.flip_pairs))
+    swapped = [index for pair in info.flip_pairs for index in pair]
+    assert len(swapped) == len(set(swapped))
+    assert len(info.sigmas) == (0 if data_set == "lapa" else count)  # LaPa is scored by NME, without them
+    if info.sigmas:
+        # The whole body's feet were measured side by side and differ: 0.068 and 0.092.
+        assert all(abs(info.sigmas[a] - info.sigmas[b]) < 0.03 for a, b in info.flip_pairs)
+    if data_set != "ap10k":
+        assert keypoint_info(count) is info
+    assert data_set in DATA_SETS
+
+
+def test_twenty_six_and_more_keypoints_are_drawn() -> None:
+    """MMDeploy draws 17 and 133 only."""
+    for data_set, count in (("halpe26", 26), ("hand", 21), ("ap10k", 17), ("coco-wholebody", 133)):
+        rng = np.random.default_rng(0)
+        poses = Poses(keypoints_xy=rng.uniform(20, 180, (1, count, 2)).astype(np.float32), scores=np.ones((1, count), dtype=np.float32))
+        info = published_keypoints(data_set)
+        canvas = draw_poses(np.zeros((200, 200, 3), dtype=np.uint8), poses, keypoints=info)
+        drawn = {tuple(int(v) for v in color[::-1]) for color in canvas.reshape(-1, 3)}
+        colors = set(map(tuple, info.link_colors))
+        assert len(colors & drawn) > len(colors) / 2  # the others lie under keypoints
