@@ -145,9 +145,9 @@ def test_twenty_six_and_more_keypoints_are_drawn() -> None:
     """MMDeploy draws 17 and 133 only."""
     for data_set, count in (("halpe26", 26), ("hand", 21), ("ap10k", 17), ("coco-wholebody", 133)):
         rng = np.random.default_rng(0)
-        poses = Poses(keypoints_xy=rng.uniform(20, 180, (1, count, 2)).astype(np.float32), scores=np.ones((1, count), dtype=np.float32))
+        poses = Poses(keypoints_xy=rng.uniform(20, 780, (1, count, 2)).astype(np.float32), scores=np.ones((1, count), dtype=np.float32))
         info = published_keypoints(data_set)
-        canvas = draw_poses(np.zeros((200, 200, 3), dtype=np.uint8), poses, keypoints=info)
+        canvas = draw_poses(np.zeros((800, 800, 3), dtype=np.uint8), poses, keypoints=info)
         drawn = {tuple(int(v) for v in color[::-1]) for color in canvas.reshape(-1, 3)}
         colors = set(map(tuple, info.link_colors))
         assert len(colors & drawn) > len(colors) / 2  # the others lie under keypoints
