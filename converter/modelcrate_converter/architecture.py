@@ -44,7 +44,7 @@ from modelcrate_converter.facts import (
 from modelcrate_converter.models import heatmap, rtmdet, rtmpose
 from modelcrate_converter.models.cspnext import STRIDE
 from modelcrate_converter.models.layers import Shapes
-from modelcrate_runtime.skeletons import keypoint_info, published_keypoints
+from modelcrate_runtime.skeletons import DATA_SETS, keypoint_info, published_keypoints
 
 _SIZES: Final = {256: "nano", 384: "t", 512: "s", 768: "m", 1024: "l", 1280: "x"}
 """Channels of the last stage -> the published size."""
@@ -58,7 +58,7 @@ _TEST_CFG: Final[Mapping[str, Expected]] = {
 _DATA_SETS: Final[Mapping[str, str]] = {
     "coco": "coco", "CocoDataset": "coco", "halpe26": "halpe26", "Halpe26Dataset": "halpe26", "coco_wholebody": "coco-wholebody",
     "CocoWholeBodyDataset": "coco-wholebody", "ap10k": "ap10k", "AP10KDataset": "ap10k", "lapa": "lapa", "LapaDataset": "lapa",
-    "coco_wholebody_hand": "hand", "CocoWholeBodyHandDataset": "hand",
+    "coco_wholebody_hand": "hand", "CocoWholeBodyHandDataset": "hand", **{name: name for name in DATA_SETS},
 }  # fmt: skip
 """What MMPose calls a data set, in a checkpoint and in a config -> our name of its keypoints."""
 _IGNORED_PREFIXES: Final = ("data_preprocessor.",)
@@ -175,19 +175,22 @@ class ExportableModel:
         return height, width
 
 
-def read_architecture(checkpoint: Checkpoint, *, model_config: Path | None = None, name: str | None = None) -> ExportableModel:
+def read_architecture(checkpoint: Checkpoint, *, model_config: Path | None = None, name: str | None = None, keypoints: str = "") -> ExportableModel:
     """Build the network of a checkpoint and collect what is known about it.
 
     Args:
         checkpoint: what `read_checkpoint` returned.
         model_config: an MMPose or MMDetection config file, for what the checkpoint does not say.
         name: what to call the model; None names it by architecture and width.
+        keypoints: the published set of keypoints that the zoo knows it to have, for a checkpoint that does not say.
 
     Raises:
         ArchitectureError: not a network that modelcrate knows, or its tensors do not fit together.
         ConfigError: two sources disagree, or the config is of another model.
     """
     sources = Sources.of(checkpoint, model_config)
+    if keypoints:
+        sources.configs.append(("the zoo", {"test_dataloader": {"dataset": {"type": keypoints}}}))
     state = {key: value for key, value in checkpoint.state_dict.items() if not key.startswith(_IGNORED_PREFIXES)}
     shapes = {key: tuple(value.shape) for key, value in state.items()}
     if "head.cls_x.weight" in shapes and "head.gau.uv.weight" in shapes:

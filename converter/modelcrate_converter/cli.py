@@ -15,6 +15,8 @@ from modelcrate_bundle.schema import write_record
 from modelcrate_runtime.cli import JSON_OPTION, app, backend_rows, consoles, exit_on_error, print_backends, raise_if_interrupted
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rich.console import Console
     from rich.status import Status
 
@@ -26,7 +28,11 @@ if TYPE_CHECKING:
 @app.command()
 def convert(
     checkpoints: Annotated[
-        list[str], typer.Argument(help="Checkpoint files (.pth, .safetensors), URLs, or demo-det and demo-pose, which come along.", metavar="CHECKPOINT...")
+        list[str],
+        typer.Argument(
+            help="Checkpoint files (.pth, .safetensors), URLs, names of published models (modelcrate zoo list), or demo-det and demo-pose, which come along.",
+            metavar="CHECKPOINT...",
+        ),
     ],
     target: Annotated[list[str], typer.Option("--target", "-t", help="Deploy target, or the path of a deploy config. May be repeated.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder that gets one folder for each bundle.")] = Path("crates"),
@@ -126,6 +132,86 @@ def people(
         consoles()[0].print(f"wrote {out}: {what} and {ANNOTATIONS_NAME}", soft_wrap=True)
 
 
+zoo_app = typer.Typer(
+    no_args_is_help=True, help="Published models by name.", pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
+)
+app.add_typer(zoo_app, name="zoo")
+
+
+@zoo_app.command("list")
+def zoo_list(
+    words: Annotated[list[str] | None, typer.Argument(help="Only models whose names have all of these.", metavar="[WORD]...")] = None,
+    as_json: Annotated[bool, JSON_OPTION] = False,
+) -> None:
+    """List the published models that can be converted by name."""
+    with exit_on_error():
+        from modelcrate_converter.zoo import zoo_models
+
+        chosen = [m for m in zoo_models().values() if all(any(w.lower() in name for name in (m.name, *m.aliases)) for w in words or [])]
+        if as_json:
+            _write_json(chosen)
+            return
+        from rich.table import Table
+
+        table = Table()
+        table.add_column("name", no_wrap=True)
+        table.add_column("also")
+        for heading in ("input", "parameters", "multiply-adds"):
+            table.add_column(heading, justify="right")
+        table.add_column("published")
+        for model in chosen:
+            size = "x".join(str(v) for v in model.input_hw)
+            numbers = [f"{v:g} {unit}" if v is not None else "" for v, unit in ((model.parameters_m, "M"), (model.flops_g, "G"))]
+            metric = next((f"{name.replace('_', ' ', 1)} {value:g}" for name, value in model.metrics.items()), "")
+            table.add_row(model.name, ", ".join(model.aliases), size, *numbers, metric)
+        consoles()[0].print(table)
+        if not chosen:
+            raise ConfigError(f"zoo list: expected words that a name has, found {' '.join(words or [])!r}", hint="modelcrate zoo list shows all")
+
+
+@zoo_app.command("show")
+def zoo_show(name: Annotated[str, typer.Argument(help="Name or alias.")], as_json: Annotated[bool, JSON_OPTION] = False) -> None:
+    """Show everything that is known of a published model."""
+    with exit_on_error():
+        from modelcrate_converter.zoo import get_model
+
+        model = get_model(name)
+        if as_json:
+            _write_json(model)
+            return
+        import msgspec
+
+        for key, value in msgspec.to_builtins(model).items():
+            if isinstance(value, dict):
+                value = ", ".join(f"{metric} {figure:g}" for metric, figure in value.items())  # noqa: PLW2901
+            text = ", ".join(str(v) for v in value) if isinstance(value, (list, tuple)) else str(value)
+            if value not in (None, "", [], ()):
+                consoles()[0].print(f"{key:<14} {text}", soft_wrap=True)
+
+
+@zoo_app.command("fetch")
+def zoo_fetch(
+    names: Annotated[list[str], typer.Argument(help="Names or aliases.")],
+    offline: Annotated[bool, typer.Option(help="Only look into the cache.")] = False,
+) -> None:
+    """Download checkpoints into the cache, checked by their hashes; print their paths."""
+    with exit_on_error():
+        from modelcrate_converter.download import default_cache_dir
+        from modelcrate_converter.zoo import fetch_model, get_model
+
+        models = [get_model(name) for name in names]
+        for model in models:
+            with _Progress(consoles()[1]) as progress:
+                path = fetch_model(model, cache_dir=default_cache_dir(), offline=offline, report=progress.show)
+            consoles()[0].print(str(path), soft_wrap=True)
+
+
+def _write_json(value: Any) -> None:
+    import msgspec
+
+    sys.stdout.write(msgspec.json.format(msgspec.json.encode(value), indent=1).decode() + "\n")
+
+
 def _numbers(text: str, separator: str, option: str, expected: str) -> tuple[int, int]:
     first, _, second = text.partition(separator)
     if not (first.isdecimal() and second.isdecimal()):
@@ -152,8 +238,6 @@ def _convert_all(
 ) -> tuple[list[tuple[str, Conversion]], list[tuple[str, ModelcrateError]]]:
     """Every checkpoint for every target; one that fails does not stop the others."""
     from modelcrate_converter.convert import convert as convert_one
-    from modelcrate_converter.demo import DEMO_MODELS
-    from modelcrate_converter.download import default_cache_dir, download
 
     out, errors = consoles()
     conversions: list[tuple[str, Conversion]] = []
@@ -163,11 +247,7 @@ def _convert_all(
         progress = _Progress(errors)
         try:
             with progress:
-                is_url = "://" in text
-                path = download(text, cache_dir=default_cache_dir(), sha256=sha256, offline=offline, report=progress.show) if is_url else Path(text)
-                chosen = options
-                if text in DEMO_MODELS and not path.exists():
-                    path, chosen = DEMO_MODELS[text], replace(options, name=options.name or text)
+                path, chosen = _located(text, options, offline=offline, sha256=sha256, report=progress.show)
                 errors.print(f"{path.name}", style="bold")
                 made = convert_one(path, configs, chosen, progress.show, taken=owners)
         except ModelcrateError as error:
@@ -183,6 +263,30 @@ def _convert_all(
             if conversion.error is not None and len(checkpoints) * len(configs) > 1:
                 _print_failure(errors, conversion.error)
     return conversions, failures
+
+
+def _located(text: str, options: ConvertOptions, *, offline: bool, sha256: str | None, report: Callable[[Event], None]) -> tuple[Path, ConvertOptions]:
+    """The file behind what the user wrote, and the options with what its name says. A file wins over a name."""
+    from modelcrate_converter.demo import DEMO_MODELS
+    from modelcrate_converter.download import default_cache_dir, download
+    from modelcrate_converter.zoo import fetch_model, find_model, nearest_names
+
+    if "://" in text:
+        return download(text, cache_dir=default_cache_dir(), sha256=sha256, offline=offline, report=report), options
+    path = Path(text)
+    if path.exists() or path.suffix:
+        return path, options
+    if text in DEMO_MODELS:
+        return DEMO_MODELS[text], replace(options, name=options.name or text)
+    model = find_model(text)
+    if model is None:
+        near = [name for name in (*DEMO_MODELS, *nearest_names(text)) if name in nearest_names(text)]
+        raise ConfigError(
+            f"{text}: expected a checkpoint file or the name of a published model, found neither",
+            hint=f"did you mean {' or '.join(near)}?" if near else "check the path; modelcrate zoo list shows the names",
+        )
+    file = fetch_model(model, cache_dir=default_cache_dir(), offline=offline, report=report)
+    return file, replace(options, name=options.name or model.name, keypoints=model.keypoints)
 
 
 class _Progress:

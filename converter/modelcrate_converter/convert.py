@@ -49,6 +49,7 @@ class ConvertOptions:
         verify: whether to compare with PyTorch. False is recorded in the manifest.
         force: build even what is up to date.
         sha256: what the checkpoint's hash must begin with, or None.
+        keypoints: the published set that the keypoints are of, where the checkpoint does not say; empty when it is not known.
     """
 
     out: Path
@@ -58,6 +59,7 @@ class ConvertOptions:
     verify: bool = True
     force: bool = False
     sha256: str | None = None
+    keypoints: str = ""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -114,7 +116,7 @@ def convert(
             raise CheckpointError(
                 f"{checkpoint_path}: expected SHA-256 {options.sha256}, found {checkpoint.sha256}", hint="it is another file, or a damaged one"
             )
-        model = read_architecture(checkpoint, model_config=options.model_config, name=options.name)
+        model = read_architecture(checkpoint, model_config=options.model_config, name=options.name, keypoints=options.keypoints)
         images = _load_images(options.images)
         detail.append(f"{model.name}, {sum(p.numel() for p in model.module.parameters()) / 1e6:.2f} M parameters")
     if checkpoint.skipped:
