@@ -115,7 +115,7 @@ def stamp(path: Path, figures: dict[str, dict[str, float]], options: argparse.Na
     rounded = {what: {name: round(value, 4) for name, value in of.items()} for what, of in figures.items()}
     made["metrics"] = {"data": DATA_VERSION, "seed": options.seed, "scenes": options.count, **rounded}
     content["meta"]["modelcrate"] = json.dumps(made)
-    torch.save(content, path)
+    torch.save(content, path, _use_new_zipfile_serialization=False)
 
 
 if __name__ == "__main__":

@@ -402,7 +402,9 @@ def write(options: argparse.Namespace, state: dict[str, Tensor], step: int, batc
         "modelcrate": json.dumps(made),
     }
     temporary = options.out.with_suffix(".partial")
-    torch.save({"meta": meta, "state_dict": {key: value.detach().cpu().contiguous() for key, value in state.items()}}, temporary)
+    # OpenMMLab's files are of torch's older format too; beside a zip of as many small tensors it is also the smaller one.
+    content = {"meta": meta, "state_dict": {key: value.detach().cpu().contiguous() for key, value in state.items()}}
+    torch.save(content, temporary, _use_new_zipfile_serialization=False)
     temporary.replace(options.out)
 
 
