@@ -33,6 +33,7 @@ from modelcrate_converter.facts import (
     NOT_NEGATIVE,
     PAIR,
     POSITIVE,
+    RESAMPLING,
     Expected,
     Sources,
     at,
@@ -41,7 +42,7 @@ from modelcrate_converter.facts import (
     option,
     transform,
 )  # fmt: skip
-from modelcrate_converter.models import heatmap, rtmdet, rtmpose
+from modelcrate_converter.models import classifier, heatmap, rtmdet, rtmpose
 from modelcrate_converter.models.cspnext import STRIDE
 from modelcrate_converter.models.layers import Shapes
 from modelcrate_runtime.skeletons import DATA_SETS, keypoint_info, published_keypoints
@@ -135,6 +136,21 @@ class HeatmapFacts:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ClassifierFacts:
+    """How an image becomes the input of a classifier, and how many classes are answered.
+
+    Attributes:
+        resize_edge: what the shorter edge of the image becomes, in pixels.
+        resampling: how upstream resizes: "pillow-bicubic", or empty for OpenCV's bilinear.
+        topk: classes in an answer.
+    """
+
+    resize_edge: int
+    resampling: str
+    topk: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ExportableModel:
     """A network in eval mode with everything that a bundle must say of it.
 
@@ -148,19 +164,19 @@ class ExportableModel:
         normalization: how pixels become input values.
         postprocess: the task's facts.
         class_names: label -> name; empty for pose models.
-        keypoints: what the keypoints are; None for detectors.
+        keypoints: what the keypoints are; None where there are none.
         facts: what the shapes cannot say -> where it was taken from.
         checkpoint: file name and SHA-256.
     """
 
     name: str
-    task: Literal["Detector", "PoseDetector"]
+    task: Literal["Detector", "PoseDetector", "Classifier"]
     sdk_name: str
     module: nn.Module
     input: TensorSpec
     outputs: tuple[TensorSpec, ...]
     normalization: Normalization
-    postprocess: DetectorFacts | PoseFacts | HeatmapFacts
+    postprocess: DetectorFacts | PoseFacts | HeatmapFacts | ClassifierFacts
     class_names: list[str]
     keypoints: KeypointInfo | None
     facts: dict[str, str]
@@ -197,13 +213,15 @@ def read_architecture(checkpoint: Checkpoint, *, model_config: Path | None = Non
         build = _rtmpose
     elif "head.final_layer.weight" in shapes and "backbone.stem.0.conv.weight" in shapes and "head.cls_x.weight" not in shapes:
         build = _heatmap_pose
+    elif "head.fc.weight" in shapes and "backbone.stem.0.conv.weight" in shapes:
+        build = _classifier
     elif "bbox_head.rtm_cls.0.weight" in shapes and "neck.reduce_layers.0.conv.weight" in shapes:
         build = _rtmdet
     else:
         families = sorted({".".join(key.split(".")[:2]) for key in shapes})
         raise ArchitectureError(
-            f"{checkpoint.path}: expected RTMPose (head.cls_x, head.gau), CSPNeXt with heatmaps (head.final_layer) or RTMDet (bbox_head.rtm_cls, neck), "
-            f"found tensors under {', '.join(families[:6])}",
+            f"{checkpoint.path}: expected RTMPose (head.cls_x, head.gau), CSPNeXt with heatmaps (head.final_layer) or a classifier "
+            f"(head.fc), or RTMDet (bbox_head.rtm_cls, neck), found tensors under {', '.join(families[:6])}",
             hint="modelcrate converts RTMPose, CSPNeXt and RTMDet checkpoints of MMPose and MMDetection",
         )
     try:
@@ -382,6 +400,51 @@ def _heatmap_pose(
     )
 
 
+def _classifier(
+    checkpoint: Checkpoint, state: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]], sources: Sources, name: str | None
+) -> ExportableModel:
+    classes = Shapes(shapes)["head.fc.weight"][0]
+    sources.must_match("classes", lambda config: at(config, "model.head.num_classes"), weights=classes)
+
+    def crop(config: Mapping[str, Any]) -> tuple[float, ...] | None:
+        step = transform(config, "CenterCrop")
+        size = step.get("crop_size") if step is not None else None
+        return (float(size), float(size)) if isinstance(size, (int, float)) else numbers(size)
+
+    def edge(config: Mapping[str, Any]) -> Any:
+        step = transform(config, "ResizeEdge")
+        return step.get("scale") if step is not None else None
+
+    def resampling(config: Mapping[str, Any]) -> str | None:
+        step = transform(config, "ResizeEdge")
+        if step is None:
+            return None
+        chosen = (option(step, "backend", default="cv2"), option(step, "interpolation", default="bilinear"))
+        return {("pillow", "bicubic"): "pillow-bicubic", ("cv2", "bilinear"): "opencv-bilinear"}.get(chosen, "-".join(str(v) for v in chosen))
+
+    height, width = (int(v) for v in sources.fact("input size (height, width)", crop, PAIR, default=defaults.CLASSIFIER_CROP_HW))
+    how = sources.fact("resampling", resampling, RESAMPLING, default="pillow-bicubic")
+    facts = ClassifierFacts(
+        resize_edge=int(sources.fact("shorter edge", edge, COUNT, default=defaults.CLASSIFIER_EDGE)),
+        resampling="" if how == "opencv-bilinear" else how,
+        topk=min(defaults.CLASSIFIER_TOPK, classes),
+    )
+    return ExportableModel(
+        name=name or f"cspnext-{_size_name(shapes)}",
+        task="Classifier",
+        sdk_name="imageclassifier",
+        module=_load(classifier.ImageClassifier(shapes), state, checkpoint=checkpoint),
+        input=TensorSpec(name="input", dtype="float32", shape=("batch", 3, height, width)),
+        outputs=(TensorSpec(name="output", dtype="float32", shape=("batch", classes)),),
+        normalization=_normalization(sources, mean=defaults.POSE_MEAN, std=defaults.POSE_STD, to_rgb=True, weights=checkpoint.state_dict),
+        postprocess=facts,
+        class_names=_class_names(sources, count=classes, coco=False),
+        keypoints=None,
+        facts=sources.taken,
+        checkpoint=(checkpoint.path.name, checkpoint.sha256),
+    )
+
+
 def _simcc_size(bins_x: int, bins_y: int, cells: int, *, path: Path) -> tuple[int, int, float]:
     """The one input size, a multiple of the stride, over which both axes have the same number of bins per pixel: width, height, ratio."""
     for columns in range(1, cells + 1):
@@ -456,7 +519,7 @@ def _size_name(shapes: Mapping[str, tuple[int, ...]]) -> str:
     return _SIZES.get(channels, f"c{channels}")
 
 
-def _class_names(sources: Sources, *, count: int) -> list[str]:
+def _class_names(sources: Sources, *, count: int, coco: bool = True) -> list[str]:
     def names(value: Any) -> tuple[str, ...] | None:
         value = [value] if isinstance(value, str) else value
         # mmdet writes CLASSES of the data set even where the model has fewer; only a fitting list can be meant.
@@ -465,5 +528,6 @@ def _class_names(sources: Sources, *, count: int) -> list[str]:
     def from_config(config: Mapping[str, Any]) -> tuple[str, ...] | None:
         return names(at(config, "test_dataloader.dataset.metainfo.classes")) or names(at(config, "metainfo.classes"))
 
+    default = tuple(defaults.class_names(count) if coco else [f"class_{i}" for i in range(count)])
     meta = names(sources.dataset_meta.get("classes", sources.dataset_meta.get("CLASSES")))
-    return list(sources.fact("class names", from_config, NAMES, default=tuple(defaults.class_names(count)), extra=(("the checkpoint's dataset_meta", meta),)))
+    return list(sources.fact("class names", from_config, NAMES, default=default, extra=(("the checkpoint's dataset_meta", meta),)))

@@ -18,18 +18,18 @@ from modelcrate_bundle.bundle import Bundle, BundleWriter, sha256_of
 from modelcrate_bundle.errors import CheckpointError, ConfigError, ModelcrateError, OutputError, ParityError
 from modelcrate_bundle.manifest import Manifest, ParityRecord, Provenance, Stage, Timing
 from modelcrate_bundle.tensors import ShapeRange
-from modelcrate_converter.architecture import ExportableModel, read_architecture
+from modelcrate_converter.architecture import ClassifierFacts, ExportableModel, read_architecture
 from modelcrate_converter.builders import BackendArtifact, build, check_can_build
 from modelcrate_converter.checkpoint import read_checkpoint
 from modelcrate_converter.config import DeployConfig
 from modelcrate_converter.describe import describe_deploy, describe_detail, describe_pipeline, tool_versions
 from modelcrate_converter.export import OnnxModel, export_onnx
-from modelcrate_converter.parity import ParityImage, check_parity, failed_gates, given_image, parity_rows, procedural_images, reference_result
+from modelcrate_converter.parity import ParityImage, check_parity, classify, failed_gates, given_image, parity_rows, procedural_images, reference_result
 from modelcrate_converter.progress import Noted, Report, StageClock, ignore
 from modelcrate_converter.simplify import op_table, simplify
-from modelcrate_runtime.draw import draw_detections, draw_poses
+from modelcrate_runtime.draw import draw_classes, draw_detections, draw_poses
 from modelcrate_runtime.images import encode_jpeg, read_image
-from modelcrate_runtime.results import Detections
+from modelcrate_runtime.results import Classification, Detections
 from modelcrate_runtime.tasks import Detector, PoseDetector
 
 if TYPE_CHECKING:
@@ -245,6 +245,7 @@ def _describe_manifest(
         outputs=list(artifact.outputs),
         shape_ranges={model.input.name: limits},
         class_names=model.class_names,
+        resampling=model.postprocess.resampling if isinstance(model.postprocess, ClassifierFacts) else "",
         keypoints=model.keypoints,
         files=[],
         parity=record,
@@ -286,6 +287,8 @@ def _add_pictures(model: ExportableModel, artifact: BackendArtifact, options: Co
 
 def _artifact_result(model: ExportableModel, artifact: BackendArtifact, image: NDArray[np.uint8]) -> object:
     """What users of the bundle will get: through the same classes, from the artefact before it is in a bundle."""
+    if model.task == "Classifier":  # how it resizes stands in the manifest, which is written last
+        return classify(model, artifact, image)
     deploy = describe_deploy(model, artifact, DeployConfig(target="", backend=artifact.backend, precision="fp32"))
     bundle = Bundle.of_files(deploy=deploy, pipeline=describe_pipeline(model, has_nms=artifact.has_nms), files=artifact.files)
     if model.task == "Detector":
@@ -298,6 +301,8 @@ def _artifact_result(model: ExportableModel, artifact: BackendArtifact, image: N
 def _drawn(model: ExportableModel, result: object, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     if isinstance(result, Detections):
         return draw_detections(image, result, class_names=model.class_names)
+    if isinstance(result, Classification):
+        return draw_classes(image, result, class_names=model.class_names)
     assert model.keypoints is not None
     return draw_poses(image, result, keypoints=model.keypoints)  # type: ignore[arg-type]  # the other kind of result
 

@@ -14,6 +14,10 @@ DETECTOR_STD: Final = (57.375, 57.12, 58.395)
 DETECTOR_PAD_VALUE: Final = 114
 BOX_PADDING: Final = 1.25
 """MMPose's GetBBoxCenterScale."""
+CLASSIFIER_CROP_HW: Final = (224.0, 224.0)
+CLASSIFIER_EDGE: Final = 236
+CLASSIFIER_TOPK: Final = 5
+"""MMPretrain's CSPNeXt configs: the shorter edge to 236 with Pillow's bicubic, the middle 224x224, the five best of 1000."""
 HEATMAP_INPUT_WH: Final = (192.0, 256.0)
 HEATMAP_SIGMA: Final = 2.0
 BLUR_KERNEL_SIZE: Final = 11

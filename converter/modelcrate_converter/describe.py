@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from modelcrate_bundle.schema import (
     AnchorGenerator,
+    CenterCrop,
     Collect,
     DefaultFormatBundle,
     DeployInfo,
@@ -14,6 +15,7 @@ from modelcrate_bundle.schema import (
     DetailInfo,
     HeatmapDecodeParams,
     ImageToTensor,
+    LinearClsHeadParams,
     LoadImageFromFile,
     NetTask,
     Normalize,
@@ -30,7 +32,7 @@ from modelcrate_bundle.schema import (
     Transform,
     TransformTask,
 )
-from modelcrate_converter.architecture import DetectorFacts, PoseFacts
+from modelcrate_converter.architecture import ClassifierFacts, DetectorFacts, PoseFacts
 from modelcrate_converter.models.rtmdet import STRIDES
 
 if TYPE_CHECKING:
@@ -85,6 +87,13 @@ def describe_pipeline(model: ExportableModel, *, has_nms: bool) -> Pipeline:
                 score_thr=facts.score_thr, min_bbox_size=facts.min_bbox_size, nms=nms, nms_pre=facts.nms_pre, max_per_img=facts.max_per_img,
                 anchor_generator=AnchorGenerator(offset=0.0, strides=list(STRIDES)),
             )  # fmt: skip
+    elif isinstance(facts, ClassifierFacts):
+        module, component = "mmcls", "LinearClsHead"
+        transforms = [
+            LoadImageFromFile(), Resize(size=(facts.resize_edge, -1), keep_ratio=True), CenterCrop(crop_size=(height, width)), normalize, ImageToTensor(),
+            Collect(meta_keys=["filename", "ori_filename", "ori_shape", "img_shape", "flip", "flip_direction", "img_norm_cfg"]),
+        ]  # fmt: skip
+        params = LinearClsHeadParams(topk=facts.topk)
     else:
         module = "mmpose"
         transforms = [
@@ -101,12 +110,14 @@ def describe_pipeline(model: ExportableModel, *, has_nms: bool) -> Pipeline:
                 codec="UDPHeatmap" if facts.is_udp_codec else "MSRAHeatmap", input_size=(width, height), heatmap_size=facts.heatmap_wh, sigma=facts.sigma,
                 use_udp=facts.is_udp_codec, unbiased=facts.unbiased, blur_kernel_size=facts.blur_kernel_size,
             )  # fmt: skip
+    # MMDeploy's classifier sees the scores alone, and ends the process when it is given more.
+    seen = ["infer_output"] if module == "mmcls" else ["prep_output", "infer_output"]
     return Pipeline(
         input=["img"],
         output=["post_output"],
         preprocess=TransformTask(input=["img"], output=["prep_output"], transforms=transforms),
         net=NetTask(name=model.sdk_name, is_batched=True, input=["prep_output"], output=["infer_output"], input_map={"img": model.input.name}),
-        postprocess=PostprocessTask(module=module, component=component, params=params, output=["post_output"], input=["prep_output", "infer_output"]),
+        postprocess=PostprocessTask(module=module, component=component, params=params, output=["post_output"], input=seen),
     )
 
 
@@ -131,18 +142,20 @@ def describe_deploy(model: ExportableModel, artifact: BackendArtifact, config: D
 
 def describe_detail(model: ExportableModel, artifact: BackendArtifact, *, opset: int) -> DetailInfo:
     """detail.json, in MMDeploy's words, without paths of the machine."""
-    is_pose = model.task == "PoseDetector"
+    task, codebase = {"Detector": ("ObjectDetection", "mmdet"), "PoseDetector": ("PoseDetection", "mmpose"), "Classifier": ("Classification", "mmpretrain")}[
+        model.task
+    ]
     dynamic = {spec.name: {"0": "batch"} for spec in (*artifact.inputs, *artifact.outputs)}
     return DetailInfo(
         version=FORMAT_VERSION,
         codebase={
-            "task": "PoseDetection" if is_pose else "ObjectDetection",
-            "codebase": "mmpose" if is_pose else "mmdet",
+            "task": task,
+            "codebase": codebase,
             "version": "",
             "pth": model.checkpoint[0],
             "config": "",
         },
-        codebase_config={"type": "mmpose" if is_pose else "mmdet", "task": "PoseDetection" if is_pose else "ObjectDetection"},
+        codebase_config={"type": codebase, "task": task},
         onnx_config={
             "type": "onnx",
             "export_params": True,

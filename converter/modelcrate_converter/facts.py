@@ -45,6 +45,7 @@ CHANNELS: Final = Expected(words="three numbers", test=lambda v: _is_numbers(v, 
 DEVIATIONS: Final = Expected(words="three positive numbers", test=lambda v: _is_numbers(v, 3, 0))
 PAIR: Final = Expected(words="two positive numbers", test=lambda v: _is_numbers(v, 2, 0))
 HEATMAP_CODEC: Final = Expected(words="UDPHeatmap or MSRAHeatmap", test=lambda v: v in {"UDPHeatmap", "MSRAHeatmap"})
+RESAMPLING: Final = Expected(words="Pillow's bicubic or OpenCV's bilinear resize", test=lambda v: v in {"pillow-bicubic", "opencv-bilinear"})
 NAME: Final = Expected(words="a name", test=lambda v: isinstance(v, str))
 NAMES: Final = Expected(words="names", test=lambda v: isinstance(v, tuple))
 

@@ -16,10 +16,10 @@ import torch
 
 from modelcrate_bundle.errors import InputError
 from modelcrate_bundle.manifest import OutputParity, ParityRecord, PixelParity
-from modelcrate_converter.architecture import DetectorFacts, HeatmapFacts
+from modelcrate_converter.architecture import ClassifierFacts, DetectorFacts, HeatmapFacts
 from modelcrate_converter.describe import describe_pipeline
 from modelcrate_converter.people import procedural_scenes
-from modelcrate_runtime.postprocess import BoxDecoder, KeypointDecoder
+from modelcrate_runtime.postprocess import BoxDecoder, ClassDecoder, KeypointDecoder
 from modelcrate_runtime.preprocess import ImageMeta, Preprocessor
 from modelcrate_runtime.sessions import Session, SessionOptions, open_artefact
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from modelcrate_converter.config import Gates
     from modelcrate_converter.export import OnnxModel
     from modelcrate_runtime.geometry import Crop
-    from modelcrate_runtime.results import Detections, Poses
+    from modelcrate_runtime.results import Classification, Detections, Poses
 
 Array: TypeAlias = "NDArray[Any]"
 Outputs: TypeAlias = dict[str, "NDArray[Any]"]
@@ -87,6 +87,8 @@ def check_parity(model: ExportableModel, artifact: BackendArtifact, canonical: O
         with np.errstate(all="ignore"):  # a network that overflows is said by its figures
             if model.task == "PoseDetector":
                 return _check_pose(model, session, images, gates)
+            if model.task == "Classifier":
+                return _check_classifier(model, session, images, gates)
             return _check_detector(model, artifact, session, canonical, images, gates)
     finally:
         session.close()
@@ -239,12 +241,43 @@ def _match(ours: Detections, theirs: Detections, facts: DetectorFacts, gates: Ga
     )
 
 
+# ----------------------------------------------------------------------------------------------------------------- classifier
+
+
+def _check_classifier(model: ExportableModel, session: Session, images: Sequence[ParityImage], gates: Gates) -> ParityRecord:
+    preprocessor = _classifier_input(model)
+    batch = np.concatenate([preprocessor.image(image.image)[0] for image in images])
+    theirs = run_reference(model, batch)
+    ours: Outputs = session.run({model.input.name: batch})
+    outputs = [_output(name, ours[name], theirs[name], gates.relative_linf) for name in theirs]
+    (name,) = theirs
+    chosen = ours[name].argmax(axis=1)
+    rows = np.arange(len(batch))
+    # Where PyTorch gives our class the score of its own, within the gate, either answer is right.
+    lost = theirs[name].max(axis=1) - theirs[name][rows, chosen]
+    flips = (chosen != theirs[name].argmax(axis=1)) & (lost > gates.score)
+    undecided = int(((chosen != theirs[name].argmax(axis=1)) & ~flips).sum())
+    pixels = [
+        _pixels("score_shift", np.abs(ours[name] - theirs[name]), gates.score),
+        _pixels("label_flips", flips.astype(np.float64), float(gates.label_flips), undecided=undecided),
+    ]
+    return ParityRecord(verified=True, images=[image.name for image in images], samples=len(batch), outputs=outputs, pixels=pixels)
+
+
+def _classifier_input(model: ExportableModel) -> Preprocessor:
+    assert isinstance(model.postprocess, ClassifierFacts)
+    return Preprocessor(describe_pipeline(model, has_nms=False), geometry="exact", where=model.name, resampling=model.postprocess.resampling)
+
+
 # ------------------------------------------------------------------------------------------------------------------- pictures
 
 
-def reference_result(model: ExportableModel, image: NDArray[np.uint8]) -> Detections | Poses:
+def reference_result(model: ExportableModel, image: NDArray[np.uint8]) -> Detections | Poses | Classification:
     """What PyTorch finds in one image, for the picture beside the artefact's: pose models take the whole image as one box, as MMDeploy does."""
     pipeline = describe_pipeline(model, has_nms=False)
+    if isinstance(model.postprocess, ClassifierFacts):
+        tensor, _ = _classifier_input(model).image(image)
+        return ClassDecoder(pipeline, where=model.name).decode(run_reference(model, tensor))[0]
     preprocessor = Preprocessor(pipeline, geometry="exact", where=model.name)
     if not isinstance(model.postprocess, DetectorFacts):
         tensor, crops = preprocessor.crops(image, None)
@@ -252,6 +285,16 @@ def reference_result(model: ExportableModel, image: NDArray[np.uint8]) -> Detect
         return decoder.decode(run_reference(model, tensor), crops, input_hw=model.input_hw)
     tensor, meta = preprocessor.image(image)
     return BoxDecoder(pipeline, geometry="exact", where=model.name).decode(run_reference(model, tensor), [meta])[0]
+
+
+def classify(model: ExportableModel, artifact: BackendArtifact, image: NDArray[np.uint8]) -> Classification:
+    """What the artefact of a classifier says of one image, before it is in a bundle."""
+    session = open_artefact(artifact.backend, artifact.files, SessionOptions(), where=f"{model.name} for {artifact.backend}")
+    try:
+        outputs = session.run({model.input.name: _classifier_input(model).image(image)[0]})
+    finally:
+        session.close()
+    return ClassDecoder(describe_pipeline(model, has_nms=False), where=model.name).decode(outputs)[0]
 
 
 def failed_gates(record: ParityRecord) -> list[str]:

@@ -23,7 +23,7 @@ class ZooModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         aliases: shorter names.
         task: MMDeploy's name of it.
         input_hw: network input (height, width) in pixels.
-        keypoints: the set that its keypoints are of, one of `modelcrate_runtime.skeletons.DATA_SETS`; empty for detectors.
+        keypoints: the set that its keypoints are of, one of `modelcrate_runtime.skeletons.DATA_SETS`; empty where there are none.
         parameters_m: millions, as its page has it.
         flops_g: multiply-adds in thousand millions, as its page has it.
         metrics: name -> figure, as its page has it.
@@ -33,7 +33,7 @@ class ZooModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     name: str
     aliases: tuple[str, ...] = ()
-    task: Literal["Detector", "PoseDetector"]
+    task: Literal["Detector", "PoseDetector", "Classifier"]
     input_hw: tuple[int, int]
     keypoints: str = ""
     parameters_m: float | None = None

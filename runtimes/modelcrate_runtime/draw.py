@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from modelcrate_bundle.manifest import KeypointInfo
-    from modelcrate_runtime.results import Detections, Poses
+    from modelcrate_runtime.results import Classification, Detections, Poses
 
 
 def draw_detections(image: NDArray[np.uint8], detections: Detections, *, class_names: Sequence[str] = (), score_thr: float = 0.3) -> NDArray[np.uint8]:
@@ -41,6 +41,26 @@ def draw_detections(image: NDArray[np.uint8], detections: Detections, *, class_n
         cv2.rectangle(canvas, (left, top), (right, bottom), color, unit, cv2.LINE_AA)
         name = class_names[label] if 0 <= label < len(class_names) else str(label)
         _caption(canvas, f"{name} {score:.2f}", (left, top), color)
+    return canvas
+
+
+def draw_classes(image: NDArray[np.uint8], classification: Classification, *, class_names: Sequence[str] = ()) -> NDArray[np.uint8]:
+    """Write the likeliest classes with their scores into the left top corner.
+
+    Args:
+        image: (H, W, 3) BGR uint8; it is not changed.
+        classification: of this image.
+        class_names: label -> name; numbers stand for missing names.
+
+    Returns:
+        (H, W, 3) BGR uint8.
+    """
+    canvas = check_image(image).copy()
+    line = max(14, round(float(max(canvas.shape[:2])) / 40))
+    for i, (label, score) in enumerate(zip(classification.labels.tolist(), classification.scores.tolist(), strict=True)):
+        name = class_names[label] if 0 <= label < len(class_names) else str(label)
+        # Its lower edge: the caption stands above the corner that it is given.
+        _caption(canvas, f"{name} {score:.3f}", (2, (i + 1) * (line + 6) + 8), _label_color(label))
     return canvas
 
 

@@ -13,6 +13,7 @@ from modelcrate_bundle.errors import UnsupportedBundleError
 from modelcrate_bundle.schema import (
     DeepposeRegressionParams,
     HeatmapDecodeParams,
+    LinearClsHeadParams,
     Pipeline,
     RawHeadParams,
     ResizeBBoxParams,
@@ -21,7 +22,7 @@ from modelcrate_bundle.schema import (
 )
 from modelcrate_runtime import heatmaps
 from modelcrate_runtime.geometry import Crop, Geometry, Points, to_image
-from modelcrate_runtime.results import Detections, Poses
+from modelcrate_runtime.results import Classification, Detections, Poses
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -301,6 +302,46 @@ def _check_heatmap(params: HeatmapDecodeParams, *, geometry: Geometry, where: st
         raise UnsupportedBundleError(f"{where}: modulate_kernel: expected an odd number, found {params.modulate_kernel}")
     if geometry == "exact" and params.post_process == "megvii":
         raise UnsupportedBundleError(f"{where}: post_process: expected default in exact geometry, found 'megvii'", hint="open it with geometry='sdk'")
+
+
+class ClassDecoder:
+    """The best classes of a batch of images."""
+
+    def __init__(self, pipeline: Pipeline, *, where: str) -> None:
+        """Compile.
+
+        Args:
+            pipeline: the bundle's pipeline.json.
+            where: the bundle's name, for messages.
+
+        Raises:
+            UnsupportedBundleError: a component that there is no code for.
+        """
+        params = pipeline.postprocess.params
+        if not isinstance(params, LinearClsHeadParams):
+            raise _unsupported(pipeline, ("LinearClsHead", "ConformerHead"), where=where)
+        if params.topk < 1:
+            raise UnsupportedBundleError(f"{where}: topk: expected at least 1, found {params.topk}")
+        self._params = params
+        self._where = where
+
+    def decode(self, outputs: Outputs) -> list[Classification]:
+        """Decode one batch.
+
+        Args:
+            outputs: one output by name, (B, C) scores.
+
+        Returns:
+            (B) the best classes; equal scores in the order of their labels.
+        """
+        if len(outputs) != 1:
+            raise UnsupportedBundleError(f"{self._where}: expected one output, found {', '.join(outputs)}")
+        scores = np.asarray(next(iter(outputs.values())), dtype=np.float32)
+        if self._params.softmax:
+            powers = np.exp(scores - scores.max(axis=1, keepdims=True))
+            scores = powers / powers.sum(axis=1, keepdims=True)
+        best = np.argsort(-scores, axis=1, kind="stable")[:, : self._params.topk]
+        return [Classification(labels=labels.astype(np.int32), scores=row[labels]) for labels, row in zip(best, scores, strict=True)]
 
 
 def decode_simcc(simcc_x: Tensor, simcc_y: Tensor, *, split_ratio: float) -> tuple[Points, Tensor]:

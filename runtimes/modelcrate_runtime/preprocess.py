@@ -30,6 +30,7 @@ from modelcrate_bundle.schema import (
 )
 from modelcrate_runtime.cores import usable_cores, workers
 from modelcrate_runtime.geometry import Crop, Cut, Geometry, Image, StraightWarps, as_boxes, plan_exact, plan_sdk
+from modelcrate_runtime.resampling import resize_bicubic
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -112,18 +113,22 @@ class Preprocessor:
         is_top_down: whether an input is a crop around a box rather than the image.
     """
 
-    def __init__(self, pipeline: Pipeline, *, geometry: Geometry, where: str) -> None:
+    def __init__(self, pipeline: Pipeline, *, geometry: Geometry, where: str, resampling: str = "") -> None:
         """Compile.
 
         Args:
             pipeline: the bundle's pipeline.json.
             geometry: the convention to follow; see `modelcrate_runtime.geometry`.
             where: the bundle's name, for messages.
+            resampling: the manifest's; "pillow-bicubic" is what exact geometry then resizes with.
 
         Raises:
             UnsupportedBundleError: a transform that there is no code for, or a combination of them that makes no sense.
         """
+        if resampling not in {"", "pillow-bicubic"}:
+            raise UnsupportedBundleError(f"{where}: resampling: expected 'pillow-bicubic' or none, found {resampling!r}")
         self._geometry: Geometry = geometry
+        self._is_pillow = geometry == "exact" and resampling == "pillow-bicubic"
         self._where = where
         self._load = LoadImageFromFile()
         self._normalize = pipeline.transform(Normalize)
@@ -257,13 +262,13 @@ class Preprocessor:
 
     def _apply(self, transform: Transform, pixels: Image, meta: ImageMeta) -> Image:
         if isinstance(transform, Resize):
-            return _resize(pixels, transform, meta, geometry=self._geometry, room_wh=self._room_wh)
+            return _resize(pixels, transform, meta, geometry=self._geometry, room_wh=self._room_wh, is_pillow=self._is_pillow)
         if isinstance(transform, LetterResize):
             return _letter_resize(pixels, transform, meta)
         if isinstance(transform, Pad):
             return _pad(pixels, transform, meta)
         if isinstance(transform, CenterCrop):
-            return _center_crop(pixels, transform)
+            return _center_crop(pixels, transform, geometry=self._geometry)
         raise UnsupportedBundleError(f"{self._where}: {transform.type} needs a box; this task gives whole images")
 
 
@@ -319,7 +324,7 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else size
 
 
-def _resize(pixels: Image, transform: Resize, meta: ImageMeta, *, geometry: Geometry, room_wh: tuple[int, int] | None) -> Image:
+def _resize(pixels: Image, transform: Resize, meta: ImageMeta, *, geometry: Geometry, room_wh: tuple[int, int] | None, is_pillow: bool = False) -> Image:
     """Spec 2.2. The SDK keeps the ratio in float32, MMCV in double: they differ for a few odd sizes.
 
     Both match long side to long side, so that a portrait image leaves a landscape target; where a Pad to a fixed size follows, which would
@@ -343,7 +348,9 @@ def _resize(pixels: Image, transform: Resize, meta: ImageMeta, *, geometry: Geom
     else:
         new_w, new_h = target_w, target_h
     new_w, new_h = max(new_w, 1), max(new_h, 1)  # a sliver of an image still has a pixel
-    if (new_h, new_w) != (height, width):
+    if is_pillow:
+        pixels = resize_bicubic(pixels, (new_w, new_h))
+    elif (new_h, new_w) != (height, width):
         pixels = cv2.resize(pixels, (new_w, new_h), interpolation=_INTERPOLATION[transform.interpolation]).reshape(new_h, new_w, -1)  # type: ignore[assignment]
     meta.resized_hw = (new_h, new_w)
     scale_x, scale_y = new_w / width, new_h / height
@@ -430,9 +437,12 @@ def _pad_planes(tensor: Tensor, transform: Pad) -> Tensor:
     return np.pad(tensor, ((0, 0), (0, 0), (0, bottom), (0, right)), constant_values=transform.fill)
 
 
-def _center_crop(pixels: Image, transform: CenterCrop) -> Image:
-    """Spec 2.6; halves round away from zero."""
+def _center_crop(pixels: Image, transform: CenterCrop, *, geometry: Geometry) -> Image:
+    """Spec 2.6; halves round away from zero in the SDK, and to even numbers in MMPretrain."""
     height, width = pixels.shape[:2]
     crop_h, crop_w = _pair(transform.crop_size)
-    top, left = max(0, int((height - crop_h) / 2 + 0.5)), max(0, int((width - crop_w) / 2 + 0.5))
+    if geometry == "exact":
+        top, left = max(0, round((height - crop_h) / 2)), max(0, round((width - crop_w) / 2))
+    else:
+        top, left = max(0, int((height - crop_h) / 2 + 0.5)), max(0, int((width - crop_w) / 2 + 0.5))
     return pixels[top : top + crop_h, left : left + crop_w]

@@ -33,6 +33,22 @@ class Detections:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Classification:
+    """The likeliest classes of one image, best first.
+
+    Attributes:
+        labels: (N,) int32 indices into the bundle's class names.
+        scores: (N,) float32 probabilities.
+    """
+
+    labels: NDArray[np.int32]
+    scores: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Poses:
     """The keypoints of the N boxes of one image, in the order of the boxes.
 

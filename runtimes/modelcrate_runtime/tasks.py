@@ -1,4 +1,4 @@
-"""Detector and PoseDetector: MMDeploy's Python classes with the same calls and returns, and typed ones beside them.
+"""Detector, PoseDetector and Classifier: MMDeploy's Python classes with the same calls and returns, and typed ones beside them.
 
 Code written for `mmdeploy_runtime` runs with its import line changed. `detect` and `estimate` return typed results; `batch` and the batched
 methods run many inputs in as few network calls as the artefact allows.
@@ -7,7 +7,7 @@ methods run many inputs in as few network calls as the artefact allows.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import wait
 from typing import TYPE_CHECKING, Final, Self, TypeAlias
 
@@ -16,9 +16,9 @@ import numpy as np
 from modelcrate_bundle.bundle import Bundle
 from modelcrate_bundle.errors import BundleFormatError, ConfigError, TaskMismatchError
 from modelcrate_runtime.cores import workers
-from modelcrate_runtime.postprocess import BoxDecoder, KeypointDecoder
+from modelcrate_runtime.postprocess import BoxDecoder, ClassDecoder, KeypointDecoder
 from modelcrate_runtime.preprocess import ImageMeta, PlannedCrops, Preprocessor
-from modelcrate_runtime.results import Detections, Poses
+from modelcrate_runtime.results import Classification, Detections, Poses
 from modelcrate_runtime.sessions import Session, SessionOptions, open_session
 
 if TYPE_CHECKING:
@@ -110,7 +110,9 @@ class _Task:
         self.bundle: Bundle = bundle
         self.geometry: Geometry = geometry or default
         self._open_decoder()
-        self._preprocessor = Preprocessor(bundle.pipeline, geometry=self.geometry, where=str(bundle.root))
+        self._preprocessor = Preprocessor(
+            bundle.pipeline, geometry=self.geometry, where=str(bundle.root), resampling=bundle.manifest.resampling if bundle.manifest else ""
+        )
         self.session: Session = open_session(
             bundle,
             SessionOptions(device=device_name, device_id=device_id, threads=threads, providers=tuple(providers) if providers else None, streams=streams),
@@ -185,6 +187,25 @@ class _Task:
             results += future.result()
         return results
 
+    def _infer_images(self, prepared: list[tuple[Tensor, ImageMeta]]) -> Iterator[tuple[list[int], list[ImageMeta], dict[str, NDArray[np.generic]]]]:
+        """Run preprocessed images; those of one input shape share calls. Call by call: a graph with NMS may give another number of rows each time.
+
+        Yields:
+            The indices of the images of one call, their metas, and its outputs.
+        """
+        by_shape: dict[tuple[int, ...], list[int]] = {}
+        for i, (tensor, _) in enumerate(prepared):
+            by_shape.setdefault(tensor.shape, []).append(i)
+        for of_shape in by_shape.values():
+
+            def feed(part: range, of_shape: list[int] = of_shape) -> Tensor:
+                tensors = [prepared[of_shape[i]][0] for i in part]
+                return tensors[0] if len(tensors) == 1 else np.concatenate(tensors)
+
+            for part, outputs in self._infer(len(of_shape), feed, feed):
+                indices = [of_shape[i] for i in part]
+                yield indices, [prepared[i][1] for i in indices], outputs
+
     def _call(self, tensor: Tensor, run: Run) -> dict[str, NDArray[np.generic]]:
         """One network call; a fixed batch is filled up and its surplus rows dropped."""
         count = len(tensor)
@@ -257,24 +278,64 @@ class Detector(_Task):
 
     def detect_batch(self, images: Sequence[NDArray[np.uint8]]) -> list[Detections]:
         """Detect in several images, of any sizes; those that need the same network input shape share a call."""
-        prepared = [self._preprocessor.image(image) for image in images]
-        by_shape: dict[tuple[int, ...], list[int]] = {}
-        for i, (tensor, _) in enumerate(prepared):
-            by_shape.setdefault(tensor.shape, []).append(i)
-        results: list[Detections | None] = [None] * len(prepared)
-        for of_shape in by_shape.values():
-
-            def feed(part: range, of_shape: list[int] = of_shape) -> Tensor:
-                tensors = [prepared[of_shape[i]][0] for i in part]
-                return tensors[0] if len(tensors) == 1 else np.concatenate(tensors)
-
-            # Call by call: a graph with NMS may give another number of rows each time, which could not be joined.
-            for part, outputs in self._infer(len(of_shape), feed, feed):
-                indices = [of_shape[i] for i in part]
-                metas: list[ImageMeta] = [prepared[i][1] for i in indices]
-                for i, detections in zip(indices, self._decoder.decode(outputs, metas), strict=True):
-                    results[i] = detections
+        results: list[Detections | None] = [None] * len(images)
+        for indices, metas, outputs in self._infer_images([self._preprocessor.image(image) for image in images]):
+            for i, detections in zip(indices, self._decoder.decode(outputs, metas), strict=True):
+                results[i] = detections
         return [detections for detections in results if detections is not None]
+
+
+class Classifier(_Task):
+    """Says what whole images show. The constructor's arguments are `_Task`'s.
+
+    Attributes:
+        bundle: what was opened.
+        geometry: the convention in force, "exact" or "sdk".
+        session: the network.
+    """
+
+    def _open_decoder(self) -> None:
+        _check_task(self.bundle, module="mmcls", expected="Classifier")
+        self._decoder = ClassDecoder(self.bundle.pipeline, where=str(self.bundle.root))
+
+    @property
+    def class_names(self) -> list[str]:
+        """Label -> name; empty for bundles without a manifest."""
+        return self.bundle.manifest.class_names if self.bundle.manifest else []
+
+    def __call__(self, img: NDArray[np.uint8]) -> list[tuple[int, float]]:
+        """Classify, as `mmdeploy_runtime.Classifier` does.
+
+        Args:
+            img: (H, W, 3) BGR or (H, W) grey, uint8.
+
+        Returns:
+            The best classes as pairs of label and score, best first.
+        """
+        return _as_pairs(self.classify(img))
+
+    def batch(self, imgs: Sequence[NDArray[np.uint8]]) -> list[list[tuple[int, float]]]:
+        """`__call__` for several images, in as few network calls as the artefact allows."""
+        return [_as_pairs(result) for result in self.classify_batch(imgs)]
+
+    def classify(self, image: NDArray[np.uint8]) -> Classification:
+        """Classify one image.
+
+        Args:
+            image: (H, W, 3) BGR, (H, W, 4) BGRA or (H, W) grey, uint8.
+
+        Raises:
+            InputError: not such an image.
+        """
+        return self.classify_batch([image])[0]
+
+    def classify_batch(self, images: Sequence[NDArray[np.uint8]]) -> list[Classification]:
+        """Classify several images, of any sizes."""
+        results = [Classification(labels=np.zeros(0, dtype=np.int32), scores=np.zeros(0, dtype=np.float32))] * len(images)
+        for indices, _, outputs in self._infer_images([self._preprocessor.image(image) for image in images]):
+            for i, result in zip(indices, self._decoder.decode(outputs), strict=True):
+                results[i] = result
+        return results
 
 
 class PoseDetector(_Task):
@@ -382,6 +443,10 @@ def _check_task(bundle: Bundle, *, module: str, expected: str) -> None:
             f"{bundle.root}: expected {kind[module]} for {expected}, found {kind.get(found, f'a bundle of {found}')}",
             hint=f"open it with {bundle.deploy.task or 'the class of its task'}",
         )
+
+
+def _as_pairs(result: Classification) -> list[tuple[int, float]]:
+    return list(zip(result.labels.tolist(), result.scores.tolist(), strict=True))
 
 
 def _as_mmdeploy(detections: Detections) -> tuple[NDArray[np.float32], NDArray[np.int32], list[NDArray[np.float64]]]:

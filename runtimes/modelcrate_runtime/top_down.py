@@ -1,4 +1,4 @@
-"""One or two bundles on one image: a detector, a pose estimator, or the detector's boxes into the pose estimator."""
+"""One or two bundles on one image: a detector, a pose estimator, the detector's boxes into the pose estimator, or a classifier."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from modelcrate_bundle.errors import ConfigError, TaskMismatchError
-from modelcrate_runtime.draw import draw_detections, draw_poses
+from modelcrate_runtime.draw import draw_classes, draw_detections, draw_poses
 from modelcrate_runtime.geometry import as_boxes
-from modelcrate_runtime.results import Detections, Poses
+from modelcrate_runtime.results import Classification, Detections, Poses
 from modelcrate_runtime.skeletons import keypoint_info
-from modelcrate_runtime.tasks import Detector, PoseDetector
+from modelcrate_runtime.tasks import Classifier, Detector, PoseDetector
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,7 +31,7 @@ class Instance:
 
     Attributes:
         box_xyxy: (4,) float32 left, top, right, bottom in image pixels.
-        score: of the detection; None for boxes that the caller gave.
+        score: of the detection or the class; None for boxes that the caller gave.
         label: class index.
         class_name: its name, or the index as text.
         keypoints: (K, 3) float32 x, y in image pixels, score; or None.
@@ -67,12 +67,14 @@ class Runner:
     Attributes:
         detector: or None.
         estimator: the pose estimator, or None.
+        classifier: or None; it stands alone.
         det_thr: least score of a detection.
         det_label: class of the detections that get a pose.
     """
 
     detector: Detector | None
     estimator: PoseDetector | None
+    classifier: Classifier | None
     det_thr: float
     det_label: int
 
@@ -88,6 +90,11 @@ class Runner:
         """
         detector: Detector | None = None
         estimator: PoseDetector | None = None
+        if any(bundle.pipeline.postprocess.module == "mmcls" for bundle in bundles):
+            if len(bundles) > 1:
+                raise TaskMismatchError("expected a classifier alone, found another bundle beside it", hint="run them one by one")
+            alone = Classifier(bundles[0], device, device_id, geometry=geometry, threads=threads)
+            return cls(detector=None, estimator=None, classifier=alone, det_thr=det_thr, det_label=det_label)
         for bundle in bundles:
             is_pose = bundle.pipeline.postprocess.module == "mmpose"
             if (estimator if is_pose else detector) is not None:
@@ -98,13 +105,13 @@ class Runner:
                 detector = Detector(bundle, device, device_id, geometry=geometry, threads=threads)
                 if detector.class_names and det_label >= len(detector.class_names):
                     raise ConfigError(f"--det-label: expected a class from 0 to {len(detector.class_names) - 1}, found {det_label}")
-        return cls(detector=detector, estimator=estimator, det_thr=det_thr, det_label=det_label)
+        return cls(detector=detector, estimator=estimator, classifier=None, det_thr=det_thr, det_label=det_label)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for task in (self.detector, self.estimator):
+        for task in (self.detector, self.estimator, self.classifier):
             if task is not None:
                 task.close()
 
@@ -127,6 +134,10 @@ class Runner:
             image: (H, W, 3) BGR uint8.
             boxes: left, top, right, bottom for the pose estimator; with a detector there must be none.
         """
+        if self.classifier is not None:
+            if boxes:
+                raise ConfigError("--box: expected none with a classifier, found some", hint="cut the image, or leave the boxes away")
+            return self._classes(self.classifier, image)
         if self.detector is None:
             assert self.estimator is not None
             array = as_boxes(boxes, image_hw=(image.shape[0], image.shape[1]))
@@ -142,6 +153,16 @@ class Runner:
         rows = _rows(self.estimator.estimate(image, found.boxes_xyxy)) if len(found) else []
         return [self._instance(b, float(s), int(c), k) for b, s, c, k in zip(found.boxes_xyxy, found.scores, found.labels, rows, strict=True)]
 
+    def _classes(self, classifier: Classifier, image: NDArray[np.uint8]) -> list[Instance]:
+        """The likeliest classes, each of the whole image."""
+        height, width = image.shape[:2]
+        box = np.array((0, 0, width, height), dtype=np.float32)
+        names, found = classifier.class_names, classifier.classify(image)
+        return [
+            Instance(box_xyxy=box, score=score, label=label, class_name=names[label] if label < len(names) else str(label), keypoints=None)
+            for label, score in zip(found.labels.tolist(), found.scores.tolist(), strict=True)
+        ]
+
     def _instance(self, box: NDArray[np.float32], score: float | None, label: int, keypoints: NDArray[np.float32] | None) -> Instance:
         names = self.detector.class_names if self.detector is not None else ["person"]
         return Instance(box_xyxy=box, score=score, label=label, class_name=names[label] if 0 <= label < len(names) else str(label), keypoints=keypoints)
@@ -149,6 +170,10 @@ class Runner:
     def draw(self, image: NDArray[np.uint8], instances: Sequence[Instance], *, kpt_thr: float) -> NDArray[np.uint8]:
         """Boxes of the detector, skeletons of the pose estimator."""
         canvas = image
+        if self.classifier is not None:
+            labels = np.array([i.label for i in instances], dtype=np.int32)
+            scores = np.array([i.score for i in instances], dtype=np.float32)
+            return draw_classes(canvas, Classification(labels=labels, scores=scores), class_names=self.classifier.class_names)
         if self.detector is not None and instances:
             detections = Detections(
                 boxes_xyxy=np.stack([i.box_xyxy for i in instances]),

@@ -263,6 +263,13 @@ class HeatmapDecodeParams(Params, kw_only=True):
     sigma: list[float] | float | None = None
 
 
+class LinearClsHeadParams(Params, kw_only=True):
+    """Classifiers: the `topk` best of the scores, which go through a softmax first if `softmax` says so."""
+
+    topk: int = 1
+    softmax: bool = False
+
+
 class UnknownParams(Params, kw_only=True):
     """Parameters of a component that this library has no code for."""
 
@@ -278,6 +285,8 @@ COMPONENTS: dict[str, type[Params]] = {
     "TopdownHeatmapMultiStageHeadDecode": HeatmapDecodeParams,
     "TopdownHeatmapMSMUHeadDecode": HeatmapDecodeParams,
     "ViPNASHeatmapSimpleHeadDecode": HeatmapDecodeParams,
+    "LinearClsHead": LinearClsHeadParams,
+    "ConformerHead": LinearClsHeadParams,
 }
 
 

@@ -23,9 +23,9 @@ import torch
 from modelcrate_converter.config import load_config
 from modelcrate_converter.convert import ConvertOptions, convert
 from modelcrate_converter.demo import DEMO_MODELS
-from modelcrate_converter.models.blueprints import heatmap_shapes, random_weights
+from modelcrate_converter.models.blueprints import classifier_shapes, heatmap_shapes, random_weights, rtmpose_shapes
 from modelcrate_converter.people import procedural_scenes
-from modelcrate_runtime import Detector, PoseDetector
+from modelcrate_runtime import Classifier, Detector, PoseDetector
 from modelcrate_runtime.images import read_image
 
 ROOT = Path(__file__).parents[2]
@@ -64,6 +64,9 @@ def run(who: str, jobs: list[Job], folder: Path) -> list[dict[str, np.ndarray]]:
 
 
 def run_here(job: Job) -> dict[str, np.ndarray]:
+    if job.task == "Classifier":
+        with Classifier(job.bundle, geometry="sdk") as classifier:
+            return {"classes": np.array(classifier(job.image))}
     if job.task == "Detector":
         with Detector(job.bundle, geometry="sdk") as detector:
             boxes, labels, _ = detector(job.image)
@@ -83,6 +86,10 @@ def loose_boxes(image: np.ndarray, count: int, *, seed: int) -> list[list[float]
 
 
 def check(job: Job, ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], *, far_px: float) -> None:
+    if job.task == "Classifier":
+        np.testing.assert_array_equal(ours["classes"][:, 0], theirs["classes"][:, 0], err_msg=job.name)
+        np.testing.assert_allclose(ours["classes"][:, 1], theirs["classes"][:, 1], atol=1e-5, rtol=0, err_msg=job.name)
+        return
     if job.task == "PoseDetector":
         assert ours["poses"].shape == theirs["poses"].shape
         np.testing.assert_allclose(ours["poses"][..., :2], theirs["poses"][..., :2], atol=PIXELS, rtol=0, err_msg=job.name)
@@ -165,6 +172,27 @@ def test_heatmap_bundle_of_ours(tmp_path: Path) -> None:
         np.testing.assert_allclose(ours["poses"][..., 2], reference["poses"][..., 2], atol=SCORE, rtol=0)
         compared += int(near.sum())
     assert compared > 250
+
+
+def test_classifier_bundle_of_ours(tmp_path: Path) -> None:
+    weights = random_weights(classifier_shapes(widen=0.25, deepen=0.167, classes=1000), seed=2)
+    torch.save({"state_dict": weights}, tmp_path / "classifier.pth")
+    (conversion,) = convert(tmp_path / "classifier.pth", [load_config("onnxruntime")], ConvertOptions(out=tmp_path / "crates"))
+    assert conversion.status == "built", conversion.error
+    images = [*procedural_scenes(2), *procedural_scenes(1, size_hw=(333, 517)), *procedural_scenes(1, size_hw=(400, 123))]
+    check_all([Job("Classifier", conversion.place, image, name=f"classifier on {image.shape}") for _, image, _ in images], tmp_path)
+
+
+def test_whole_body_bundle_of_ours(tmp_path: Path) -> None:
+    shapes = rtmpose_shapes(widen=0.125, deepen=0.167, keypoints=133, input_hw=(256, 192))
+    torch.save({"state_dict": random_weights(shapes, seed=4)}, tmp_path / "wholebody.pth")
+    (conversion,) = convert(tmp_path / "wholebody.pth", [load_config("onnxruntime")], ConvertOptions(out=tmp_path / "crates"))
+    assert conversion.status == "built", conversion.error
+    jobs = [
+        Job("PoseDetector", conversion.place, image, [[float(v) for v in box], *loose_boxes(image, 3, seed=i)], name=f"whole body on {name}")
+        for i, (name, image, box) in enumerate(procedural_scenes(2))
+    ]
+    check_all(jobs, tmp_path)
 
 
 def unrefined(bundle: Path, place: Path) -> Path:

@@ -19,7 +19,7 @@ from modelcrate_converter.architecture import read_architecture
 from modelcrate_converter.checkpoint import read_checkpoint
 from modelcrate_converter.cli import app
 from modelcrate_converter.download import expected_sha256_prefix
-from modelcrate_converter.models.blueprints import DETECTOR_SIZES, POSE_SIZES, heatmap_shapes, random_weights, rtmdet_shapes, rtmpose_shapes
+from modelcrate_converter.models.blueprints import DETECTOR_SIZES, POSE_SIZES, classifier_shapes, heatmap_shapes, random_weights, rtmdet_shapes, rtmpose_shapes
 from modelcrate_converter.zoo import ZooModel, fetch_model, find_model, get_model, zoo_models
 from modelcrate_runtime.skeletons import DATA_SETS, published_keypoints
 
@@ -65,7 +65,7 @@ def test_a_row_is_sound(name: str) -> None:
         assert url.startswith("https://download.openmmlab.com/")
         assert expected_sha256_prefix(url) == (model.sha256 or None)
     assert all(side % 32 == 0 for side in model.input_hw)
-    assert name.endswith("x".join(str(v) for v in dict.fromkeys(model.input_hw)) if model.task == "Detector" else f"{model.input_hw[0]}x{model.input_hw[1]}")
+    assert name.endswith("x".join(str(v) for v in dict.fromkeys(model.input_hw)) if model.task != "PoseDetector" else f"{model.input_hw[0]}x{model.input_hw[1]}")
     assert (model.keypoints in DATA_SETS) == (model.task == "PoseDetector")
     assert model.metrics
 
@@ -85,6 +85,9 @@ def test_the_networks_have_as_many_parameters_as_the_pages_say(name: str) -> Non
         widen, deepen = DETECTOR_SIZES[size]
         found = parameters(rtmdet_shapes(widen=widen, deepen=deepen, classes=80 if "_coco-" in name else 1, separable=size == "nano"))
         tolerance = 0.1 if "_coco-" in name else 0.005  # MMDetection's page cuts after a digit or two: 4.8 for 4.896
+    elif "_in1k-" in name:
+        widen, deepen = POSE_SIZES[size] if size != "x" else DETECTOR_SIZES["x"]
+        found, tolerance = parameters(classifier_shapes(widen=widen, deepen=deepen, classes=1000)), 0.0055
     else:
         widen, deepen = POSE_SIZES[size] if size != "x" else DETECTOR_SIZES["x"]
         keypoints = len(published_keypoints(model.keypoints).names)

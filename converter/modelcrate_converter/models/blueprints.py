@@ -81,6 +81,17 @@ def heatmap_shapes(*, widen: float, deepen: float, keypoints: int, channels: int
     return table | {"head.final_layer.weight": (keypoints, channels if deconvs else int(1024 * widen), 1, 1), "head.final_layer.bias": (keypoints,)}
 
 
+def classifier_shapes(*, widen: float, deepen: float, classes: int) -> dict[str, tuple[int, ...]]:
+    """The state dict of a CSPNeXt classifier.
+
+    Args:
+        widen: factor on all widths.
+        deepen: factor on the number of blocks.
+        classes: C.
+    """
+    return _backbone(widen, deepen, separable=False) | {"head.fc.weight": (classes, int(1024 * widen)), "head.fc.bias": (classes,)}
+
+
 def rtmdet_shapes(*, widen: float, deepen: float, classes: int, separable: bool) -> dict[str, tuple[int, ...]]:
     """The state dict of an RTMDet.
 
