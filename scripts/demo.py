@@ -19,7 +19,7 @@ from rich.table import Table
 from modelcrate_bundle.errors import MissingBackendError
 from modelcrate_converter.builders import check_can_build
 from modelcrate_converter.config import load_config, target_names
-from modelcrate_converter.demo import HELD_OUT_SEED
+from modelcrate_converter.demo import DEMO_SEED
 from modelcrate_converter.people import Scene, draw_scene
 from modelcrate_runtime import Detector, PoseDetector
 from modelcrate_runtime.images import write_image
@@ -29,7 +29,7 @@ CALLS = 40
 
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    scene = demo_scene()
+    scene = draw_scene(DEMO_SEED, size_hw=(480, 640), people=(4, 6))
     write_image(folder / "scene.png", scene.image)
     print(f"drew {folder}/scene.png: {len(scene.people)} people whom neither model has seen")
     targets = [name for name in target_names() if can_build(name)]
@@ -43,14 +43,6 @@ def main(folder: Path) -> None:
     print(f"\nLook at {folder}/people_{targets[0]}.png. Next, with your own RTMPose or RTMDet checkpoint:")
     print("  .venv/bin/modelcrate convert YOUR.pth -t onnxruntime -o crates/ --image YOUR.jpg")
     print("  .venv/bin/modelcrate run crates/<name>_onnxruntime YOUR.jpg --save out.png")
-
-
-def demo_scene() -> Scene:
-    """The first held-out scene with a group of people."""
-    index = 0
-    while len((scene := draw_scene(HELD_OUT_SEED, index, size_hw=(480, 640), people=(4, 6))).people) < 5:
-        index += 1
-    return scene
 
 
 def can_build(target: str) -> bool:

@@ -11,3 +11,5 @@ DEMO_MODELS: Final[Mapping[str, Path]] = {name: _FOLDER / f"{name}.pth" for name
 """Name, as `modelcrate convert` takes it -> checkpoint in the format of OpenMMLab's."""
 HELD_OUT_SEED: Final = 77
 """Seed of the scenes that accuracy is measured on; the models were trained on scenes of other seeds."""
+DEMO_SEED: Final = 111
+"""Seed of the scene that is shown; of no training run either."""

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from modelcrate_runtime.preprocess import Tensor
 
 Feed: TypeAlias = "Callable[[range], Tensor]"
-Run: TypeAlias = "Callable[[Mapping[str, NDArray[np.generic]]], dict[str, NDArray[np.generic]]]"
+Outputs: TypeAlias = "dict[str, NDArray[np.generic]]"
+Run: TypeAlias = "Callable[[Mapping[str, NDArray[np.generic]]], Outputs]"
 
 DEFAULT_MAX_BATCH: Final = 32
 """Inputs in one network call where the artefact takes any number and no manifest says otherwise: more only costs memory."""
@@ -157,7 +158,7 @@ class _Task:
         """The same for bundles that say nothing of it."""
         return DEFAULT_MAX_BATCH
 
-    def _infer(self, count: int, feed: Feed, feed_beside: Feed) -> list[tuple[range, dict[str, NDArray[np.generic]]]]:
+    def _infer(self, count: int, feed: Feed, feed_beside: Feed) -> list[tuple[range, Outputs]]:
         """Run `count` inputs in as few calls as the artefact allows, or side by side where the backend is faster so.
 
         Args:
@@ -172,10 +173,10 @@ class _Task:
         results = self._side_by_side(lanes, feed_beside) if lanes else []
         return results + [(part, self._call(feed(part), self.session.run)) for part in rest]
 
-    def _side_by_side(self, lanes: list[list[range]], feed: Feed) -> list[tuple[range, dict[str, NDArray[np.generic]]]]:
+    def _side_by_side(self, lanes: list[list[range]], feed: Feed) -> list[tuple[range, Outputs]]:
         """The calls of all lanes, this thread's among them."""
 
-        def lane(parts: list[range]) -> list[tuple[range, dict[str, NDArray[np.generic]]]]:
+        def lane(parts: list[range]) -> list[tuple[range, Outputs]]:
             return [(part, self._call(feed(part), self.session.run_beside)) for part in parts]
 
         pending = [workers().submit(lane, parts) for parts in lanes[1:]]
@@ -187,7 +188,7 @@ class _Task:
             results += future.result()
         return results
 
-    def _infer_images(self, prepared: list[tuple[Tensor, ImageMeta]]) -> Iterator[tuple[list[int], list[ImageMeta], dict[str, NDArray[np.generic]]]]:
+    def _infer_images(self, prepared: list[tuple[Tensor, ImageMeta]]) -> Iterator[tuple[list[int], list[ImageMeta], Outputs]]:
         """Run preprocessed images; those of one input shape share calls. Call by call: a graph with NMS may give another number of rows each time.
 
         Yields:
@@ -206,7 +207,7 @@ class _Task:
                 indices = [of_shape[i] for i in part]
                 yield indices, [prepared[i][1] for i in indices], outputs
 
-    def _call(self, tensor: Tensor, run: Run) -> dict[str, NDArray[np.generic]]:
+    def _call(self, tensor: Tensor, run: Run) -> Outputs:
         """One network call; a fixed batch is filled up and its surplus rows dropped."""
         count = len(tensor)
         if self._input.dtype != "float32":
