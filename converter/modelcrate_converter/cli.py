@@ -128,7 +128,7 @@ def people(
                 write_video(out, frames=frames, seed=seed, size_hw=(height, width), people=most, report=report)
             else:
                 write_dataset(out, count=count, seed=seed, size_hw=(height, width), people=(least, most), report=report)
-        what = f"people.mp4, {frames} frames" if frames else f"{count} pictures"
+        what = f"people.mp4, {frames} frames" if frames else f"{count} picture{'s' if count != 1 else ''}"
         consoles()[0].print(f"wrote {out}: {what} and {ANNOTATIONS_NAME}", soft_wrap=True)
 
 
