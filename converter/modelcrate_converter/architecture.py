@@ -141,12 +141,12 @@ class ClassifierFacts:
 
     Attributes:
         resize_edge: what the shorter edge of the image becomes, in pixels.
-        resampling: how upstream resizes: "pillow-bicubic", or empty for OpenCV's bilinear.
+        resampling: how upstream resizes: "pillow-bicubic", or None for OpenCV's bilinear.
         topk: classes in an answer.
     """
 
     resize_edge: int
-    resampling: str
+    resampling: str | None
     topk: int
 
 
@@ -426,7 +426,7 @@ def _classifier(
     how = sources.fact("resampling", resampling, RESAMPLING, default="pillow-bicubic")
     facts = ClassifierFacts(
         resize_edge=int(sources.fact("shorter edge", edge, COUNT, default=defaults.CLASSIFIER_EDGE)),
-        resampling="" if how == "opencv-bilinear" else how,
+        resampling=None if how == "opencv-bilinear" else how,
         topk=min(defaults.CLASSIFIER_TOPK, classes),
     )
     return ExportableModel(

@@ -245,7 +245,7 @@ def _describe_manifest(
         outputs=list(artifact.outputs),
         shape_ranges={model.input.name: limits},
         class_names=model.class_names,
-        resampling=model.postprocess.resampling if isinstance(model.postprocess, ClassifierFacts) else "",
+        resampling=model.postprocess.resampling if isinstance(model.postprocess, ClassifierFacts) else None,
         keypoints=model.keypoints,
         files=[],
         parity=record,

@@ -113,7 +113,7 @@ class Preprocessor:
         is_top_down: whether an input is a crop around a box rather than the image.
     """
 
-    def __init__(self, pipeline: Pipeline, *, geometry: Geometry, where: str, resampling: str = "") -> None:
+    def __init__(self, pipeline: Pipeline, *, geometry: Geometry, where: str, resampling: str | None = None) -> None:
         """Compile.
 
         Args:
@@ -125,7 +125,7 @@ class Preprocessor:
         Raises:
             UnsupportedBundleError: a transform that there is no code for, or a combination of them that makes no sense.
         """
-        if resampling not in {"", "pillow-bicubic"}:
+        if resampling not in {None, "pillow-bicubic"}:
             raise UnsupportedBundleError(f"{where}: resampling: expected 'pillow-bicubic' or none, found {resampling!r}")
         self._geometry: Geometry = geometry
         self._is_pillow = geometry == "exact" and resampling == "pillow-bicubic"

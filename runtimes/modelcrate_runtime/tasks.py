@@ -112,7 +112,7 @@ class _Task:
         self.geometry: Geometry = geometry or default
         self._open_decoder()
         self._preprocessor = Preprocessor(
-            bundle.pipeline, geometry=self.geometry, where=str(bundle.root), resampling=bundle.manifest.resampling if bundle.manifest else ""
+            bundle.pipeline, geometry=self.geometry, where=str(bundle.root), resampling=bundle.manifest.resampling if bundle.manifest else None
         )
         self.session: Session = open_session(
             bundle,

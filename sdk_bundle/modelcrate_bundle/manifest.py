@@ -135,7 +135,7 @@ class Manifest(Record, kw_only=True):
         geometry: "exact" (upstream's crop and its exact inverse) or "sdk" (MMDeploy's integer crop).
         shape_ranges: input name -> shapes that it may have.
         class_names: label -> name.
-        resampling: how exact geometry resizes: "pillow-bicubic", or empty for what pipeline.json says.
+        resampling: how exact geometry resizes: "pillow-bicubic", or None for what pipeline.json says.
     """
 
     schema_version: str = SCHEMA_VERSION
@@ -150,7 +150,7 @@ class Manifest(Record, kw_only=True):
     outputs: list[TensorSpec]
     shape_ranges: dict[str, ShapeRange] = msgspec.field(default_factory=dict)
     class_names: list[str] = msgspec.field(default_factory=list)
-    resampling: str = ""
+    resampling: str | None = None
     keypoints: KeypointInfo | None = None
     files: list[FileEntry]
     parity: ParityRecord

@@ -75,7 +75,7 @@ test_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 """
     model = read_architecture(read_checkpoint(checkpoint(tmp_path, cfg=cfg)))
     assert (model.task, model.input_hw, model.class_names) == ("Classifier", (96, 96), list(CLASSES))
-    assert model.postprocess == ClassifierFacts(resize_edge=100, resampling="", topk=5)
+    assert model.postprocess == ClassifierFacts(resize_edge=100, resampling=None, topk=5)
 
 
 def test_without_a_config_they_are_named_defaults(tmp_path: Path) -> None:
