@@ -304,6 +304,11 @@ def train(options: argparse.Namespace) -> None:
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         average, first = state["average"], state["step"]
+
+    def save(done: int) -> None:
+        torch.save({"model": model.state_dict(), "optimiser": optimiser.state_dict(), "average": average, "step": done}, state_path)
+        write(options, average, done, batch)
+
     features: list[Tensor] = []
     if is_pose:
         model.head.final_layer.register_forward_hook(lambda _module, _inputs, output: features.append(output))  # type: ignore[union-attr]
@@ -349,10 +354,9 @@ def train(options: argparse.Namespace) -> None:
                 flush=True,
             )
             seen = dict.fromkeys(seen, 0.0)
-        if (step + 1) % 1000 == 0 or step + 1 == options.steps:
-            torch.save({"model": model.state_dict(), "optimiser": optimiser.state_dict(), "average": average, "step": step + 1}, state_path)
-            write(options, average, step + 1, batch)
-    write(options, average, options.steps, batch)
+        if (step + 1) % 1000 == 0 and step + 1 < options.steps:
+            save(step + 1)
+    save(max(first, options.steps))
     print(f"wrote {options.out} after {(time.monotonic() - started) / 60:.0f} minutes")
 
 

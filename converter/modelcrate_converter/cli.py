@@ -70,12 +70,7 @@ def convert(
         conversions, failures = _convert_all(checkpoints, configs, options, offline=offline, sha256=sha256, as_json=as_json)
         if as_json:
             failed = [_failed_json(checkpoint, error) for checkpoint, error in failures]
-            import msgspec
-
-            # msgspec writes NaN as null: JSON has no word for it.
-            sys.stdout.write(
-                msgspec.json.format(msgspec.json.encode([_as_json(c, conversion) for c, conversion in conversions] + failed), indent=1).decode() + "\n"
-            )
+            _write_json([_as_json(c, conversion) for c, conversion in conversions] + failed)
         errors = [conversion.error for _, conversion in conversions if conversion.error] + [error for _, error in failures]
         if len(errors) > 1:
             consoles()[1].print(f"{len(errors)} of {len(conversions) + len(failures)} failed; the first:", style="red")
@@ -207,6 +202,7 @@ def zoo_fetch(
 
 
 def _write_json(value: Any) -> None:
+    """Indented JSON on standard output; msgspec writes NaN as null, since JSON has no word for it."""
     import msgspec
 
     sys.stdout.write(msgspec.json.format(msgspec.json.encode(value), indent=1).decode() + "\n")

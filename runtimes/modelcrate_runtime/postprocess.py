@@ -244,11 +244,12 @@ class KeypointDecoder:
             The poses in image pixels.
         """
         if isinstance(self._params, HeatmapDecodeParams):
-            (name,) = outputs
-            points, scores = self._decode_heatmaps(np.asarray(outputs[name], dtype=np.float32), self._params, input_hw=input_hw)
+            maps = _only(outputs, where=self._where)
+            if maps.ndim != 4:
+                raise UnsupportedBundleError(f"{self._where}: expected heatmaps (N, K, h, w), found an output of shape {list(maps.shape)}")
+            points, scores = self._decode_heatmaps(maps, self._params, input_hw=input_hw)
         elif isinstance(self._params, DeepposeRegressionParams):
-            (name,) = outputs
-            values = np.asarray(outputs[name], dtype=np.float32)
+            values = _only(outputs, where=self._where)
             values = values.reshape(len(values), -1, 2) if values.ndim == 2 else values[..., :2]
             points = values * np.array(input_hw[::-1], dtype=np.float32)
             scores = np.ones(points.shape[:2], dtype=np.float32)
@@ -334,9 +335,7 @@ class ClassDecoder:
         Returns:
             (B) the best classes; equal scores in the order of their labels.
         """
-        if len(outputs) != 1:
-            raise UnsupportedBundleError(f"{self._where}: expected one output, found {', '.join(outputs)}")
-        scores = np.asarray(next(iter(outputs.values())), dtype=np.float32)
+        scores = _only(outputs, where=self._where)
         if self._params.softmax:
             powers = np.exp(scores - scores.max(axis=1, keepdims=True))
             scores = powers / powers.sum(axis=1, keepdims=True)
@@ -364,6 +363,13 @@ def decode_simcc(simcc_x: Tensor, simcc_y: Tensor, *, split_ratio: float) -> tup
         points[scores <= 0] = -1
     points /= np.float32(split_ratio)
     return points, scores
+
+
+def _only(outputs: Outputs, *, where: str) -> Tensor:
+    """The one output of a network that has one."""
+    if len(outputs) != 1:
+        raise UnsupportedBundleError(f"{where}: expected one output, found {', '.join(outputs)}")
+    return np.asarray(next(iter(outputs.values())), dtype=np.float32)
 
 
 def _unsupported(pipeline: Pipeline, known: tuple[str, ...], *, where: str) -> UnsupportedBundleError:

@@ -159,12 +159,10 @@ def test_maps_at_the_edge_and_empty_maps_decode() -> None:
 
 def test_a_keypoint_comes_back_to_where_it_was_drawn(tmp_path: Path) -> None:
     """Crop, draw a Gaussian where UDP puts the point, decode: the point in the image, through everything that is between."""
-    from modelcrate_bundle.schema import read_pipeline
     from modelcrate_converter.describe import describe_pipeline
     from modelcrate_runtime.postprocess import KeypointDecoder
     from modelcrate_runtime.preprocess import Preprocessor
 
-    assert read_pipeline is not None
     model = read_architecture(read_checkpoint(tiny_checkpoint(tmp_path)))
     pipeline = describe_pipeline(model, has_nms=False)
     _, image, box = procedural_scenes(1)[0]
@@ -190,6 +188,19 @@ def test_what_cannot_be_decoded_is_refused(tmp_path: Path, params: dict, error: 
     changed = msgspec.structs.replace(pipeline, postprocess=msgspec.structs.replace(post, params=msgspec.structs.replace(post.params, **params)))
     with pytest.raises(UnsupportedBundleError, match=error):
         KeypointDecoder(changed, geometry="sdk", where="test")
+
+
+def test_outputs_that_are_no_heatmaps_are_refused(tmp_path: Path) -> None:
+    from modelcrate_converter.describe import describe_pipeline
+    from modelcrate_runtime.postprocess import KeypointDecoder
+
+    pipeline = describe_pipeline(read_architecture(read_checkpoint(tiny_checkpoint(tmp_path))), has_nms=False)
+    decoder = KeypointDecoder(pipeline, geometry="exact", where="test")
+    maps = np.zeros((1, 17, 64, 48), dtype=np.float32)
+    with pytest.raises(UnsupportedBundleError, match="test: expected one output, found a, b"):
+        decoder.decode({"a": maps, "b": maps}, [], input_hw=(256, 192))
+    with pytest.raises(UnsupportedBundleError, match=r"expected heatmaps \(N, K, h, w\), found an output of shape \[1, 17, 2\]"):
+        decoder.decode({"output": maps[..., 0, :2]}, [], input_hw=(256, 192))
 
 
 def test_a_bundle_passes_parity_and_runs(tmp_path: Path) -> None:
