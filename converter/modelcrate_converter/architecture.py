@@ -8,18 +8,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import torch
-from torch import nn
 
 from modelcrate_bundle.errors import ArchitectureError, ConfigError
 from modelcrate_bundle.manifest import KeypointInfo
 from modelcrate_bundle.tensors import TensorSpec
 from modelcrate_converter import defaults
 from modelcrate_converter.checkpoint import Checkpoint
+from modelcrate_converter.exportable import (
+    ClassifierFacts,
+    DetectorFacts,
+    ExportableModel,
+    HeatmapFacts,
+    ImageFit,
+    Normalization,
+    PoseFacts,
+    load_weights,
+)
 from modelcrate_converter.facts import (
     CHANNELS,
     COUNT,
@@ -63,132 +71,6 @@ _DATA_SETS: Final[Mapping[str, str]] = {
 }  # fmt: skip
 """What MMPose calls a data set, in a checkpoint and in a config -> our name of its keypoints."""
 _IGNORED_PREFIXES: Final = ("data_preprocessor.",)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Normalization:
-    """(pixel - mean) / std per channel in image levels, after a swap to RGB if `to_rgb`; mean and std are in the order after the swap."""
-
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    to_rgb: bool
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DetectorFacts:
-    """How RTMDet's outputs become boxes.
-
-    Attributes:
-        pad_value: image level beside the letterboxed image.
-        score_thr: scores at or below it are dropped.
-        iou_threshold: boxes of one class that overlap more are dropped.
-        max_per_img: boxes that are kept.
-        nms_pre: candidates per level that MMDetection keeps (recorded; no runtime needs it).
-        min_bbox_size: image pixels.
-    """
-
-    pad_value: int
-    score_thr: float
-    iou_threshold: float
-    max_per_img: int
-    nms_pre: int
-    min_bbox_size: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PoseFacts:
-    """How a box becomes a crop, and SimCC vectors keypoints.
-
-    Attributes:
-        padding: factor on both sides of the box.
-        use_udp: whether the crop follows UDP.
-        split_ratio: SimCC bins per network pixel.
-        sigma: label width in bins, (x, y); recorded.
-    """
-
-    padding: float
-    use_udp: bool
-    split_ratio: float
-    sigma: tuple[float, float]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HeatmapFacts:
-    """How a box becomes a crop, and heatmaps keypoints.
-
-    Attributes:
-        padding: factor on both sides of the box.
-        use_udp: whether the crop follows UDP.
-        is_udp_codec: whether the outer cells of a heatmap lie on the edges of the crop, and the UDP variant of DARK refines.
-        unbiased: whether a codec that is not UDP refines with DARK.
-        blur_kernel_size: side of that refinement's blur, in cells.
-        sigma: of the Gaussians that were learned, in cells; recorded.
-        heatmap_wh: (width, height) in cells.
-    """
-
-    padding: float
-    use_udp: bool
-    is_udp_codec: bool
-    unbiased: bool
-    blur_kernel_size: int
-    sigma: float
-    heatmap_wh: tuple[int, int]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ClassifierFacts:
-    """How an image becomes the input of a classifier, and how many classes are answered.
-
-    Attributes:
-        resize_edge: what the shorter edge of the image becomes, in pixels.
-        resampling: how upstream resizes: "pillow-bicubic", or None for OpenCV's bilinear.
-        topk: classes in an answer.
-    """
-
-    resize_edge: int
-    resampling: str | None
-    topk: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ExportableModel:
-    """A network in eval mode with everything that a bundle must say of it.
-
-    Attributes:
-        name: "rtmpose-t", "rtmdet-nano" ... or what the user calls it.
-        task: MMDeploy's name of the task.
-        sdk_name: the network's name in MMDeploy's JSON.
-        module: float32, eval mode, on the CPU.
-        input: (batch, 3, H, W) float32.
-        outputs: in the module's order; the batch axis is dynamic.
-        normalization: how pixels become input values.
-        postprocess: the task's facts.
-        class_names: label -> name; empty for pose models.
-        keypoints: what the keypoints are; None where there are none.
-        facts: what the shapes cannot say -> where it was taken from.
-        checkpoint: file name and SHA-256.
-    """
-
-    name: str
-    task: Literal["Detector", "PoseDetector", "Classifier"]
-    sdk_name: str
-    module: nn.Module
-    input: TensorSpec
-    outputs: tuple[TensorSpec, ...]
-    normalization: Normalization
-    postprocess: DetectorFacts | PoseFacts | HeatmapFacts | ClassifierFacts
-    class_names: list[str]
-    keypoints: KeypointInfo | None
-    facts: dict[str, str]
-    checkpoint: tuple[str, str]
-
-    @property
-    def input_hw(self) -> tuple[int, int]:
-        """Network input (height, width) in pixels."""
-        height, width = self.input.shape[2:]
-        assert isinstance(height, int)
-        assert isinstance(width, int)
-        return height, width
 
 
 def read_architecture(checkpoint: Checkpoint, *, model_config: Path | None = None, name: str | None = None, keypoints: str = "") -> ExportableModel:
@@ -252,21 +134,6 @@ def _normalization(sources: Sources, *, mean: tuple[float, ...], std: tuple[floa
     )
 
 
-def _load(module: nn.Module, state: Mapping[str, torch.Tensor], *, checkpoint: Checkpoint) -> nn.Module:
-    """Strict loading, with the differences in one sentence."""
-    expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-    missing = sorted(key for key in expected.keys() - state.keys() if not key.endswith("num_batches_tracked"))
-    surplus = sorted(state.keys() - expected.keys())
-    if missing or surplus:
-        what = [f"{len(keys)} {word} ({', '.join(keys[:3])})" for word, keys in (("missing", missing), ("not of this network", surplus)) if keys]
-        raise ArchitectureError(
-            f"{checkpoint.path}: expected the tensors of {type(module).__name__}, found {' and '.join(what)}",
-            hint="is the checkpoint whole, and of the stated family?",
-        )
-    module.load_state_dict(dict(state), strict=False)
-    return module.eval()
-
-
 def _try_out(model: ExportableModel, *, path: Path) -> ExportableModel:
     """Run the network once on zeros: layers that do not fit are found here, and not by an exporter that blames itself."""
     with torch.inference_mode():
@@ -309,7 +176,7 @@ def _rtmpose(
         name=name or f"rtmpose-{_size_name(shapes)}",
         task="PoseDetector",
         sdk_name="topdownposeestimator",
-        module=_load(rtmpose.RTMPose(shapes), state, checkpoint=checkpoint),
+        module=load_weights(rtmpose.RTMPose(shapes), state, path=checkpoint.path),
         input=TensorSpec(name="input", dtype="float32", shape=("batch", 3, height, width)),
         outputs=(
             TensorSpec(name="simcc_x", dtype="float32", shape=("batch", keypoints, bins_x)),
@@ -388,7 +255,7 @@ def _heatmap_pose(
         name=name or f"cspnext-{_size_name(shapes)}_{'udp' if is_udp else 'heatmap'}",
         task="PoseDetector",
         sdk_name="topdownposeestimator",
-        module=_load(module, state, checkpoint=checkpoint),
+        module=load_weights(module, state, path=checkpoint.path),
         input=TensorSpec(name="input", dtype="float32", shape=("batch", 3, height, width)),
         outputs=(TensorSpec(name="output", dtype="float32", shape=("batch", keypoints, cells_wh[1], cells_wh[0])),),
         normalization=_normalization(sources, mean=defaults.POSE_MEAN, std=defaults.POSE_STD, to_rgb=True, weights=checkpoint.state_dict),
@@ -425,20 +292,23 @@ def _classifier(
     height, width = (int(v) for v in sources.fact("input size (height, width)", crop, PAIR, default=defaults.CLASSIFIER_CROP_HW))
     how = sources.fact("resampling", resampling, RESAMPLING, default="pillow-bicubic")
     facts = ClassifierFacts(
-        resize_edge=int(sources.fact("shorter edge", edge, COUNT, default=defaults.CLASSIFIER_EDGE)),
-        resampling=None if how == "opencv-bilinear" else how,
+        fit=ImageFit(
+            mode="shorter-edge",
+            edge=int(sources.fact("shorter edge", edge, COUNT, default=defaults.CLASSIFIER_EDGE)),
+            resampling=None if how == "opencv-bilinear" else how,
+        ),
         topk=min(defaults.CLASSIFIER_TOPK, classes),
     )
     return ExportableModel(
         name=name or f"cspnext-{_size_name(shapes)}",
         task="Classifier",
         sdk_name="imageclassifier",
-        module=_load(classifier.ImageClassifier(shapes), state, checkpoint=checkpoint),
+        module=load_weights(classifier.ImageClassifier(shapes), state, path=checkpoint.path),
         input=TensorSpec(name="input", dtype="float32", shape=("batch", 3, height, width)),
         outputs=(TensorSpec(name="output", dtype="float32", shape=("batch", classes)),),
         normalization=_normalization(sources, mean=defaults.POSE_MEAN, std=defaults.POSE_STD, to_rgb=True, weights=checkpoint.state_dict),
         postprocess=facts,
-        class_names=_class_names(sources, count=classes, coco=False),
+        class_names=_class_names(sources, default=defaults.classifier_class_names(classes)),
         keypoints=None,
         facts=sources.taken,
         checkpoint=(checkpoint.path.name, checkpoint.sha256),
@@ -493,7 +363,7 @@ def _rtmdet(
         pad_value=sources.fact("pad value", pad_value, LEVEL, default=defaults.DETECTOR_PAD_VALUE), **{key: test_cfg(key) for key in published}
     )
     normalization = _normalization(sources, mean=defaults.DETECTOR_MEAN, std=defaults.DETECTOR_STD, to_rgb=False, weights=checkpoint.state_dict)
-    module = _load(rtmdet.RTMDet(shapes, share_conv=share_conv, exp_on_reg=bool(exp_on_reg)), state, checkpoint=checkpoint)
+    module = load_weights(rtmdet.RTMDet(shapes, share_conv=share_conv, exp_on_reg=bool(exp_on_reg)), state, path=checkpoint.path)
     maps = [(height // stride, width // stride) for stride in rtmdet.STRIDES]
     outputs = [TensorSpec(name=f"cls_{i}", dtype="float32", shape=("batch", classes, *hw)) for i, hw in enumerate(maps)]
     outputs += [TensorSpec(name=f"dist_{i}", dtype="float32", shape=("batch", 4, *hw)) for i, hw in enumerate(maps)]
@@ -506,7 +376,7 @@ def _rtmdet(
         outputs=tuple(outputs),
         normalization=normalization,
         postprocess=facts,
-        class_names=_class_names(sources, count=classes),
+        class_names=_class_names(sources, default=defaults.detector_class_names(classes)),
         keypoints=None,
         facts=sources.taken,
         checkpoint=(checkpoint.path.name, checkpoint.sha256),
@@ -519,15 +389,14 @@ def _size_name(shapes: Mapping[str, tuple[int, ...]]) -> str:
     return _SIZES.get(channels, f"c{channels}")
 
 
-def _class_names(sources: Sources, *, count: int, coco: bool = True) -> list[str]:
+def _class_names(sources: Sources, *, default: list[str]) -> list[str]:
     def names(value: Any) -> tuple[str, ...] | None:
         value = [value] if isinstance(value, str) else value
         # mmdet writes CLASSES of the data set even where the model has fewer; only a fitting list can be meant.
-        return tuple(str(v) for v in value) if isinstance(value, (list, tuple)) and len(value) == count else None
+        return tuple(str(v) for v in value) if isinstance(value, (list, tuple)) and len(value) == len(default) else None
 
     def from_config(config: Mapping[str, Any]) -> tuple[str, ...] | None:
         return names(at(config, "test_dataloader.dataset.metainfo.classes")) or names(at(config, "metainfo.classes"))
 
-    default = tuple(defaults.class_names(count) if coco else [f"class_{i}" for i in range(count)])
     meta = names(sources.dataset_meta.get("classes", sources.dataset_meta.get("CLASSES")))
-    return list(sources.fact("class names", from_config, NAMES, default=default, extra=(("the checkpoint's dataset_meta", meta),)))
+    return list(sources.fact("class names", from_config, NAMES, default=tuple(default), extra=(("the checkpoint's dataset_meta", meta),)))

@@ -28,7 +28,8 @@ _MAX_PICKLE_BYTES: Final = 256 * 2**20
 _MAX_META_ITEMS: Final = 200_000
 _MAX_UNFOLDING: Final = 8
 _LEGACY_MAGIC: Final = 0x1950A86A20F9469CFC6C
-_PREFIXES: Final = ("module.", "_orig_mod.", "model.")
+PREFIXES: Final = ("module.", "_orig_mod.", "model.")
+"""What wrappers put before every key: DataParallel, torch.compile, Lightning."""
 _STATE_KEYS: Final = ("state_dict", "model_state_dict", "model", "ema_state_dict", "ema")
 
 
@@ -51,6 +52,15 @@ class Checkpoint:
     meta: dict[str, Any]
     skipped: tuple[str, ...]
     state_key: str
+
+    def require_sha256(self, prefix: str | None) -> None:
+        """Refuse a file whose hash does not begin like this.
+
+        Raises:
+            CheckpointError: it does not.
+        """
+        if prefix is not None and not self.sha256.startswith(prefix.lower()):
+            raise CheckpointError(f"{self.path}: expected SHA-256 {prefix}, found {self.sha256}", hint="it is another file, or a damaged one")
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -99,7 +109,7 @@ def _finished(path: Path, digest: str, tensors: dict[str, torch.Tensor], meta: d
     if not tensors:
         raise CheckpointError(f"{path}: expected weights, found none", hint="give a checkpoint that holds a state dict")
     tensors.pop("n_averaged", None)  # torch's AveragedModel counts its updates beside `module.`
-    for prefix in _PREFIXES * 2:
+    for prefix in PREFIXES * 2:
         if tensors and all(key.startswith(prefix) for key in tensors):
             tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
     state = {key: value.to(torch.float32) if value.is_floating_point() else value for key, value in tensors.items()}

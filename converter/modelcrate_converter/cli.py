@@ -28,17 +28,26 @@ if TYPE_CHECKING:
 @app.command()
 def convert(
     checkpoints: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
-            help="Checkpoint files (.pth, .safetensors), URLs, names of published models (modelcrate zoo list), or demo-det and demo-pose, which come along.",
-            metavar="CHECKPOINT...",
+            help="Checkpoint files (.pth, .safetensors), URLs, names of published models (modelcrate zoo list), or demo-det and demo-pose, which come along. "
+            "With --spec: an .onnx, TorchScript or .pt2 file.",
+            metavar="[CHECKPOINT]...",
         ),
-    ],
-    target: Annotated[list[str], typer.Option("--target", "-t", help="Deploy target, or the path of a deploy config. May be repeated.")],
+    ] = None,
+    target: Annotated[list[str] | None, typer.Option("--target", "-t", help="Deploy target, or the path of a deploy config. May be repeated.")] = None,
+    deploy_config: Annotated[
+        list[Path] | None, typer.Option(help="MMDeploy's deploy config (.py), instead of -t. Parsed, never executed. May be repeated.")
+    ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder that gets one folder for each bundle.")] = Path("crates"),
     model_config: Annotated[
         Path | None, typer.Option(help="MMPose or MMDetection config, for what the checkpoint does not say. Parsed, never executed.")
     ] = None,
+    spec: Annotated[Path | None, typer.Option(help="TOML file that says what a model of your own takes and gives.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="package.module:function that makes a torch.nn.Module; needs --spec. It is your code, and is run.")
+    ] = None,
+    weights: Annotated[str | None, typer.Option(help="Checkpoint with the weights of --model: a file or a URL.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the model; default: its architecture and size.")] = None,
     image: Annotated[
         list[Path] | None, typer.Option(help="Image to compare on; the first is drawn into the bundle. May be repeated. Default: procedural images.")
@@ -57,17 +66,24 @@ def convert(
     """Convert checkpoints to verified bundles, one for each target."""
     with exit_on_error():
         from modelcrate_converter.builders import check_can_build
-        from modelcrate_converter.config import load_config
+        from modelcrate_converter.config import load_config, target_names
+        from modelcrate_converter.mmdeploy_config import read_mmdeploy_config
 
-        configs = [_adjusted(load_config(t), exporter=exporter, nms=nms, simplify=simplify) for t in dict.fromkeys(target)]
+        configs = [_adjusted(load_config(t), exporter=exporter, nms=nms, simplify=simplify) for t in dict.fromkeys(target or [])]
+        configs += [_adjusted(read_mmdeploy_config(path), exporter=exporter, nms=nms, simplify=simplify) for path in deploy_config or []]
+        if not configs:
+            raise typer.BadParameter(f"expected at least one of {', '.join(target_names())}, found none", param_hint="'--target' / '-t'")
         for config in configs:
             check_can_build(config.backend)
         from modelcrate_converter.convert import ConvertOptions
 
-        options = ConvertOptions(out=out, model_config=model_config, name=name, images=tuple(image or ()), verify=verify, force=force, sha256=sha256)
-        if (name or sha256) and len(checkpoints) > 1:
-            raise ConfigError(f"{'--name' if name else '--sha256'}: expected one checkpoint, found {len(checkpoints)}", hint="convert them one by one")
-        conversions, failures = _convert_all(checkpoints, configs, options, offline=offline, sha256=sha256, as_json=as_json)
+        given = _given_networks(checkpoints or [], model=model, weights=weights, spec=spec)
+        options = ConvertOptions(
+            out=out, model_config=model_config, name=name, images=tuple(image or ()), verify=verify, force=force, sha256=sha256, spec=spec, builder=model
+        )
+        if (name or sha256) and len(given) > 1:
+            raise ConfigError(f"{'--name' if name else '--sha256'}: expected one checkpoint, found {len(given)}", hint="convert them one by one")
+        conversions, failures = _convert_all(given, configs, options, offline=offline, sha256=sha256, as_json=as_json)
         if as_json:
             failed = [_failed_json(checkpoint, error) for checkpoint, error in failures]
             _write_json([_as_json(c, conversion) for c, conversion in conversions] + failed)
@@ -229,6 +245,28 @@ def _adjusted(config: DeployConfig, *, exporter: str | None, nms: str | None, si
     return msgspec.structs.replace(config, nms=msgspec.structs.replace(config.nms, where=nms)) if nms else config
 
 
+def _given_networks(checkpoints: list[str], *, model: str | None, weights: str | None, spec: Path | None) -> list[str]:
+    """What is to be converted, one text each; empty for a network that `--model` makes with its weights.
+
+    Raises:
+        ConfigError: options that do not go together.
+        typer.BadParameter: nothing at all.
+    """
+    if model is None and weights is not None:
+        raise ConfigError("--weights: expected --model beside it, found none", hint="--model my_package.my_module:build makes the network of the weights")
+    if model is not None and spec is None:
+        raise ConfigError("--model: expected --spec beside it, found none", hint="--spec my_model.toml: converter/README.md has one for each task")
+    if model is not None and checkpoints:
+        raise ConfigError(f"--model: expected its weights with --weights, found {checkpoints[0]}", hint=f"--weights {checkpoints[0]}")
+    if model is not None:
+        return [weights or ""]
+    if not checkpoints:
+        raise typer.BadParameter("expected a checkpoint to convert, found none", param_hint="'CHECKPOINT...'")
+    if spec is not None and len(checkpoints) > 1:
+        raise ConfigError(f"--spec: expected one model, found {len(checkpoints)}", hint="convert them one by one")
+    return checkpoints
+
+
 def _convert_all(
     checkpoints: list[str], configs: list[DeployConfig], options: ConvertOptions, *, offline: bool, sha256: str | None, as_json: bool
 ) -> tuple[list[tuple[str, Conversion]], list[tuple[str, ModelcrateError]]]:
@@ -244,7 +282,7 @@ def _convert_all(
         try:
             with progress:
                 path, chosen = _located(text, options, offline=offline, sha256=sha256, report=progress.show)
-                errors.print(f"{path.name}", style="bold")
+                errors.print(path.name if path is not None else str(options.builder), style="bold")
                 made = convert_one(path, configs, chosen, progress.show, taken=owners)
         except ModelcrateError as error:
             failures.append((text, error))
@@ -261,16 +299,18 @@ def _convert_all(
     return conversions, failures
 
 
-def _located(text: str, options: ConvertOptions, *, offline: bool, sha256: str | None, report: Callable[[Event], None]) -> tuple[Path, ConvertOptions]:
-    """The file behind what the user wrote, and the options with what its name says. A file wins over a name."""
+def _located(text: str, options: ConvertOptions, *, offline: bool, sha256: str | None, report: Callable[[Event], None]) -> tuple[Path | None, ConvertOptions]:
+    """The file behind what the user wrote, if any, and the options with what its name says. A file wins over a name."""
     from modelcrate_converter.demo import DEMO_MODELS
     from modelcrate_converter.download import default_cache_dir, download
     from modelcrate_converter.zoo import fetch_model, find_model, nearest_names
 
+    if not text:
+        return None, options
     if "://" in text:
         return download(text, cache_dir=default_cache_dir(), sha256=sha256, offline=offline, report=report), options
     path = Path(text)
-    if path.exists() or path.suffix:
+    if path.exists() or path.suffix or options.spec is not None:
         return path, options
     if text in DEMO_MODELS:
         return DEMO_MODELS[text], replace(options, name=options.name or text)
@@ -369,7 +409,7 @@ def _print_conversion(out: Console, conversion: Conversion) -> None:
             table.add_row(name, str(before), str(after), style="bold" if before != after else "dim")
         out.print(table)
     if conversion.parity is not None and conversion.parity.verified:
-        out.print(f"{conversion.id}: parity with PyTorch", style="italic", soft_wrap=True)
+        out.print(f"{conversion.id}: parity with {conversion.parity.reference}", style="italic", soft_wrap=True)
         table = Table()
         for heading in ("what", "figure", "gate", ""):
             table.add_column(heading)

@@ -49,6 +49,38 @@ class Gates(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     label_flips: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
+class ModelNeeds(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """What a deploy config of MMDeploy asks of the model; our own ask nothing.
+
+    Attributes:
+        source: who asks.
+        task: MMDeploy SDK's name of the task; None for any.
+        least_hw: smallest input (height, width) in pixels; None for any.
+        most_hw: largest.
+    """
+
+    source: str
+    task: str | None = None
+    least_hw: tuple[int, int] | None = None
+    most_hw: tuple[int, int] | None = None
+
+    def check(self, *, name: str, task: str, input_hw: tuple[int, int]) -> None:
+        """Refuse another model.
+
+        Raises:
+            ConfigError: naming the config and both values.
+        """
+        if self.task is not None and task != self.task:
+            raise ConfigError(f"{self.source}: expected the model of a {self.task}, found {name}, a {task}", hint="give the deploy config of its task")
+        if self.least_hw is not None and self.most_hw is not None:
+            sizes = [f"{width}x{height}" for height, width in (self.least_hw, self.most_hw, input_hw)]
+            if not all(low <= side <= high for low, side, high in zip(self.least_hw, input_hw, self.most_hw, strict=True)):
+                wanted = sizes[0] if sizes[0] == sizes[1] else f"{sizes[0]} to {sizes[1]}"
+                raise ConfigError(
+                    f"{self.source}: expected an input (width x height) of {wanted}, found {name} with {sizes[2]}", hint="the size is the model's"
+                )
+
+
 class DeployConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """One target.
 
@@ -56,6 +88,7 @@ class DeployConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fie
         target: the name of the config file without its suffix.
         backend: which builder and which session.
         precision: what the artefact computes in.
+        needs: what the model must be.
     """
 
     target: str
@@ -65,6 +98,7 @@ class DeployConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fie
     onnx: OnnxOptions = OnnxOptions()
     nms: NmsOptions = NmsOptions()
     gates: Gates = Gates()
+    needs: ModelNeeds | None = None
 
 
 def _config_folder() -> Path:

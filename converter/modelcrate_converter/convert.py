@@ -15,15 +15,17 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from modelcrate_bundle.bundle import Bundle, BundleWriter, sha256_of
-from modelcrate_bundle.errors import CheckpointError, ConfigError, ModelcrateError, OutputError, ParityError
+from modelcrate_bundle.errors import ConfigError, ModelcrateError, OutputError, ParityError
 from modelcrate_bundle.manifest import Manifest, ParityRecord, Provenance, Stage, Timing
 from modelcrate_bundle.tensors import ShapeRange
-from modelcrate_converter.architecture import ClassifierFacts, ExportableModel, read_architecture
+from modelcrate_converter.architecture import read_architecture
 from modelcrate_converter.builders import BackendArtifact, build, check_can_build
 from modelcrate_converter.checkpoint import read_checkpoint
 from modelcrate_converter.config import DeployConfig
 from modelcrate_converter.describe import describe_deploy, describe_detail, describe_pipeline, tool_versions
 from modelcrate_converter.export import OnnxModel, export_onnx
+from modelcrate_converter.exportable import ExportableModel, OnnxNetwork
+from modelcrate_converter.own_model import file_kind, read_own_model
 from modelcrate_converter.parity import ParityImage, check_parity, classify, failed_gates, given_image, parity_rows, procedural_images, reference_result
 from modelcrate_converter.progress import Noted, Report, StageClock, ignore
 from modelcrate_converter.simplify import op_table, simplify
@@ -50,6 +52,8 @@ class ConvertOptions:
         force: build even what is up to date.
         sha256: what the checkpoint's hash must begin with, or None.
         keypoints: the published set that the keypoints are of, where the checkpoint does not say; empty when it is not known.
+        spec: what a model that is none of ours takes and gives: a TOML file; None for checkpoints of the families that are known here.
+        builder: "package.module:attribute", which makes that model; None where the file itself is one.
     """
 
     out: Path
@@ -60,6 +64,8 @@ class ConvertOptions:
     force: bool = False
     sha256: str | None = None
     keypoints: str = ""
+    spec: Path | None = None
+    builder: str | None = None
 
 
 @dataclass(kw_only=True, slots=True)
@@ -90,14 +96,14 @@ class Conversion:
 
 
 def convert(
-    checkpoint_path: Path, configs: Sequence[DeployConfig], options: ConvertOptions, report: Report = ignore, *, taken: Mapping[str, str] | None = None
+    checkpoint_path: Path | None, configs: Sequence[DeployConfig], options: ConvertOptions, report: Report = ignore, *, taken: Mapping[str, str] | None = None
 ) -> list[Conversion]:
     """Convert one checkpoint for one or more targets.
 
     The canonical graph is exported once for all targets that ask for it in the same way. A target that fails does not stop the others.
 
     Args:
-        checkpoint_path: a local file.
+        checkpoint_path: a local file; None for a model of `options.builder` that brings its weights along.
         configs: the targets.
         options: where to, and how.
         report: gets the progress.
@@ -110,31 +116,29 @@ def convert(
     for config in configs:
         check_can_build(config.backend)
     clock = StageClock(report=report)
-    with clock.stage("load checkpoint") as detail:
-        checkpoint = read_checkpoint(checkpoint_path)
-        if options.sha256 is not None and not checkpoint.sha256.startswith(options.sha256.lower()):
-            raise CheckpointError(
-                f"{checkpoint_path}: expected SHA-256 {options.sha256}, found {checkpoint.sha256}", hint="it is another file, or a damaged one"
-            )
-        model = read_architecture(checkpoint, model_config=options.model_config, name=options.name, keypoints=options.keypoints)
+    with clock.stage("load checkpoint" if options.spec is None else "load model") as detail:
+        model, skipped = _load_model(checkpoint_path, options)
         images = _load_images(options.images)
-        detail.append(f"{model.name}, {sum(p.numel() for p in model.module.parameters()) / 1e6:.2f} M parameters")
-    if checkpoint.skipped:
-        report(Noted(text=f"the checkpoint asks for {', '.join(checkpoint.skipped)}: skipped, not imported"))
+        detail.append(f"{model.name}, {model.parameter_count / 1e6:.2f} M parameters")
+    if skipped:
+        report(Noted(text=f"the checkpoint asks for {', '.join(skipped)}: skipped, not imported"))
     guessed = [f"{name} = {source.removeprefix('default: ')}" for name, source in model.facts.items() if source.startswith("default: ")]
     if guessed:
         report(Noted(text=f"taken from defaults, since neither the checkpoint nor a config says: {'; '.join(guessed)}", level="warning"))
     for config in configs:
+        if config.needs is not None:
+            config.needs.check(name=model.name, task=model.task, input_hw=model.input_hw)
         bundle_id = f"{model.name}_{config.target}"
         if taken and bundle_id in taken:
             raise ConfigError(
-                f"{bundle_id}: expected one checkpoint for it, found {taken[bundle_id]} and {checkpoint_path}", hint="convert them one by one with --name"
+                f"{bundle_id}: expected one checkpoint for it, found {taken[bundle_id]} and {checkpoint_path or model.checkpoint[0]}", hint="convert them one by one with --name"
             )
     keys = {config.target: _build_key(model, config, options, images) for config in configs}
     results: dict[str, Conversion] = {}
     for config in configs:
         place = options.out / f"{model.name}_{config.target}"
-        bundle = None if options.force else _current(place, keys[config.target])
+        # Of code nobody knows whether it still makes the same network.
+        bundle = None if options.force or model.is_code else _current(place, keys[config.target])
         if bundle is not None:
             results[config.target] = Conversion(
                 id=place.name, target=config.target, place=place, status="current", bundle=bundle, parity=bundle.manifest.parity if bundle.manifest else None
@@ -160,6 +164,21 @@ def convert(
     return [results[config.target] for config in configs]
 
 
+def _load_model(path: Path | None, options: ConvertOptions) -> tuple[ExportableModel, list[str]]:
+    """The model, and what its checkpoint asks for that was not imported."""
+    if options.spec is not None:
+        return read_own_model(options.spec, path=path, builder=options.builder, name=options.name, sha256=options.sha256), []
+    assert path is not None  # only a builder can do without a file, and it comes with a spec
+    kind = file_kind(path)
+    if kind != "checkpoint":
+        raise ConfigError(
+            f"{path}: expected --spec for a file of the kind {kind}, found none", hint="--spec my_model.toml: converter/README.md has one for each task"
+        )
+    checkpoint = read_checkpoint(path)
+    checkpoint.require_sha256(options.sha256)
+    return read_architecture(checkpoint, model_config=options.model_config, name=options.name, keypoints=options.keypoints), list(checkpoint.skipped)
+
+
 def _canonical(
     model: ExportableModel, config: DeployConfig, workdir: Path, clock: StageClock, exported: dict[bytes, tuple[OnnxModel, OnnxModel]]
 ) -> tuple[OnnxModel, OnnxModel]:
@@ -168,10 +187,13 @@ def _canonical(
     if key not in exported:
         folder = workdir / hashlib.sha256(key).hexdigest()[:8]
         folder.mkdir()
-        with clock.stage("export ONNX") as detail:
+        with clock.stage("read ONNX" if isinstance(model.module, OnnxNetwork) else "export ONNX") as detail:
             before = export_onnx(model, config.onnx, workdir=folder)
             detail.append(f"opset {before.opset}, {before.node_count} operators")
-        if before.opset != config.onnx.opset:
+        if isinstance(model.module, OnnxNetwork):
+            if before.opset > config.onnx.opset:
+                clock.report(Noted(text=f"the file has opset {before.opset}; MMDeploy's SDK reads up to {config.onnx.opset}", level="warning"))
+        elif before.opset != config.onnx.opset:
             clock.report(Noted(text=f"the {config.onnx.exporter} exporter cannot write opset {config.onnx.opset}: it wrote {before.opset}", level="warning"))
         after = before
         if config.onnx.simplify:
@@ -232,7 +254,8 @@ def _describe_manifest(
 ) -> Manifest:
     fixed = tuple(dim for dim in model.input.shape[1:] if isinstance(dim, int))
     batch = config.batch
-    limits = ShapeRange(min=(batch.min, *fixed), opt=(batch.opt, *fixed), max=(batch.max, *fixed))
+    least, best, most = (model.fixed_batch or number for number in (batch.min, batch.opt, batch.max))
+    limits = ShapeRange(min=(least, *fixed), opt=(best, *fixed), max=(most, *fixed))
     return Manifest(
         id=target_id,
         model=model.name,
@@ -245,7 +268,7 @@ def _describe_manifest(
         outputs=list(artifact.outputs),
         shape_ranges={model.input.name: limits},
         class_names=model.class_names,
-        resampling=model.postprocess.resampling if isinstance(model.postprocess, ClassifierFacts) else None,
+        resampling=model.resampling,
         keypoints=model.keypoints,
         files=[],
         parity=record,
@@ -273,11 +296,11 @@ def _render_readme(manifest: Manifest, pictures: list[str]) -> bytes:
 
 def _add_pictures(model: ExportableModel, artifact: BackendArtifact, options: ConvertOptions, images: Sequence[ParityImage], writer: BundleWriter) -> list[str]:
     """PyTorch's result and the artefact's on the first given image, as MMDeploy's `deploy.py` draws them; none for procedural images."""
-    if not options.images:
+    if not options.images or model.task == "Network":  # only the caller knows what tensors mean
         return []
     image = images[0].image
     pictures = {
-        "output_pytorch.jpg": _drawn(model, reference_result(model, image), image),
+        f"output_{'given' if isinstance(model.module, OnnxNetwork) else 'pytorch'}.jpg": _drawn(model, reference_result(model, image), image),
         f"output_{artifact.backend}.jpg": _drawn(model, _artifact_result(model, artifact, image), image),
     }
     for name, picture in pictures.items():
@@ -319,6 +342,7 @@ def _build_key(model: ExportableModel, config: DeployConfig, options: ConvertOpt
         "model_config": sha256_of(options.model_config) if options.model_config else "",
         "name": model.name,
         "config": msgspec.to_builtins(config),
+        "spec": sha256_of(options.spec) if options.spec else "",
         "images": [[image.name, hashlib.sha256(image.image.tobytes()).hexdigest()] for image in images],
         "drawn": bool(options.images),
         "verify": options.verify,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Final
 
 POSE_MEAN: Final = (123.675, 116.28, 103.53)
@@ -38,9 +39,19 @@ COCO_CLASSES: Final = (
 )  # fmt: skip
 
 
-def class_names(count: int) -> list[str]:
+def detector_class_names(count: int) -> list[str]:
     """COCO's names for 80 classes, else numbered ones."""
-    return list(COCO_CLASSES) if count == len(COCO_CLASSES) else [f"class_{i}" for i in range(count)]
+    return list(COCO_CLASSES) if count == len(COCO_CLASSES) else numbered_classes(count)
+
+
+def classifier_class_names(count: int) -> list[str]:
+    """ImageNet's names for 1000 classes, in the order of ILSVRC 2012's sorted WordNet ids; else numbered ones."""
+    return (Path(__file__).parent / "imagenet_classes.txt").read_text(encoding="utf-8").splitlines() if count == 1000 else numbered_classes(count)
+
+
+def numbered_classes(count: int) -> list[str]:
+    """class_0, class_1 ..."""
+    return [f"class_{i}" for i in range(count)]
 
 
 def simcc_sigma(size: int) -> float:

@@ -1,4 +1,4 @@
-"""PyTorch to the canonical ONNX graph: opset 17, IR <= 9, float32 in and out, one file, named axes, dynamic batch, raw head, no custom operators."""
+"""PyTorch, or an ONNX file of somebody else, to the canonical ONNX graph: opset 17, IR <= 9, float32 in and out, one file, named axes, dynamic batch, raw head, no custom operators."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ import torch
 
 from modelcrate_bundle.errors import ExportError
 from modelcrate_bundle.tensors import TensorSpec
+from modelcrate_converter.exportable import OnnxNetwork
 
 if TYPE_CHECKING:
     import onnx
 
-    from modelcrate_converter.architecture import ExportableModel
     from modelcrate_converter.config import OnnxOptions
+    from modelcrate_converter.exportable import ExportableModel
 
 MAX_IR_VERSION: Final = 9
 """The newest that the ONNX Runtime inside MMDeploy's SDK 1.3.1 reads."""
@@ -67,21 +68,29 @@ def export_onnx(model: ExportableModel, options: OnnxOptions, *, workdir: Path) 
     """
     import onnx
 
+    metadata = {"checkpoint": model.checkpoint[1], "model": model.name}
+    if isinstance(model.module, OnnxNetwork):
+        return save_onnx(_given(model.module), workdir / "canonical.onnx", inputs=(model.input,), outputs=model.outputs, metadata=metadata)
     # Two samples: with one, both exporters may take the batch for a constant.
-    sample = torch.zeros(2, *(dim for dim in model.input.shape[1:] if isinstance(dim, int)))
+    sample = torch.zeros(model.fixed_batch or 2, *(dim for dim in model.input.shape[1:] if isinstance(dim, int)))
     path = workdir / "exported.onnx"
     names = [spec.name for spec in model.outputs]
-    dynamic = {name: {0: "batch"} for name in [model.input.name, *names]}
+    is_dynamic = model.fixed_batch is None
+    dynamic = {name: {0: "batch"} for name in [model.input.name, *names]} if is_dynamic else None
     try:
         with _silenced():
             if options.exporter == "dynamo":
                 torch.onnx.export(
                     model.module, (sample,), str(path), input_names=[model.input.name], output_names=names, opset_version=max(options.opset, 18), dynamo=True,
-                    dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), external_data=False, verbose=False,
+                    dynamic_shapes=({0: torch.export.Dim("batch", min=1)},) if is_dynamic else None, external_data=False, verbose=False,
                 )  # fmt: skip
             else:
+                network = model.module
+                if any(isinstance(part, torch.jit.ScriptModule) for part in network.modules()):
+                    # The exporter's own tracer refuses TorchScript inside a module; this one takes it.
+                    network = torch.jit.trace(network, (sample,), check_trace=False)  # type: ignore[no-untyped-call]
                 torch.onnx.export(
-                    model.module, (sample,), str(path), input_names=[model.input.name], output_names=names, opset_version=options.opset, dynamo=False,
+                    network, (sample,), str(path), input_names=[model.input.name], output_names=names, opset_version=options.opset, dynamo=False,
                     dynamic_axes=dynamic, do_constant_folding=True,
                 )  # fmt: skip
         proto = onnx.load(path)
@@ -90,9 +99,21 @@ def export_onnx(model: ExportableModel, options: OnnxOptions, *, workdir: Path) 
             f"{model.name}: expected torch.onnx to export the network, found: {' '.join(str(error).split())[:300]}",
             hint=f"try the other exporter: --exporter {'torchscript' if options.exporter == 'dynamo' else 'dynamo'}",
         ) from error
-    return save_onnx(
-        proto, workdir / "canonical.onnx", inputs=(model.input,), outputs=model.outputs, metadata={"checkpoint": model.checkpoint[1], "model": model.name}
-    )
+    return save_onnx(proto, workdir / "canonical.onnx", inputs=(model.input,), outputs=model.outputs, metadata=metadata)
+
+
+def _given(network: OnnxNetwork) -> onnx.ModelProto:
+    """A graph as somebody else wrote it, with the outputs that are wanted and no weights among its inputs, where old files list them."""
+    import onnx
+
+    proto = onnx.load(network.path)
+    weights = {tensor.name for tensor in proto.graph.initializer}
+    inputs = [value for value in proto.graph.input if value.name not in weights]
+    outputs = {value.name: value for value in proto.graph.output}
+    del proto.graph.input[:], proto.graph.output[:]
+    proto.graph.input.extend(inputs)
+    proto.graph.output.extend(outputs[name] for name in network.outputs)
+    return proto
 
 
 def save_onnx(proto: onnx.ModelProto, path: Path, *, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], metadata: Mapping[str, str]) -> OnnxModel:
@@ -114,7 +135,7 @@ def save_onnx(proto: onnx.ModelProto, path: Path, *, inputs: tuple[TensorSpec, .
     if foreign or proto.functions:
         raise ExportError(
             f"{path.name}: expected standard ONNX operators, found {', '.join(foreign) or 'local functions'}",
-            hint="report this: no artefact of modelcrate has custom operators",
+            hint="no artefact of modelcrate has custom operators: export the network again without them",
         )
     for values, specs in ((proto.graph.input, inputs), (proto.graph.output, outputs)):
         found = [value.name for value in values]

@@ -1,12 +1,12 @@
 """Does the artefact compute what PyTorch computes? On real crops, through the real runtime, and in pixels.
 
-The reference is eager PyTorch in float32 on the inputs that the runtime's own preprocessing makes, decoded by the runtime's own decoder: what
-differs is the network alone. A figure outside its gate means that no bundle is written.
+The reference is eager PyTorch in float32, or the ONNX file that was given, on the inputs that the runtime's own preprocessing makes, decoded by
+the runtime's own decoder: what differs is the network alone. A figure outside its gate means that no bundle is written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -16,8 +16,8 @@ import torch
 
 from modelcrate_bundle.errors import InputError
 from modelcrate_bundle.manifest import OutputParity, ParityRecord, PixelParity
-from modelcrate_converter.architecture import ClassifierFacts, DetectorFacts, HeatmapFacts
 from modelcrate_converter.describe import describe_pipeline
+from modelcrate_converter.exportable import BoxesFacts, DetectorFacts, HeatmapFacts, RegressionFacts
 from modelcrate_converter.people import procedural_scenes
 from modelcrate_runtime.postprocess import BoxDecoder, ClassDecoder, KeypointDecoder
 from modelcrate_runtime.preprocess import ImageMeta, Preprocessor
@@ -26,10 +26,10 @@ from modelcrate_runtime.sessions import Session, SessionOptions, open_artefact
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from modelcrate_converter.architecture import ExportableModel
     from modelcrate_converter.builders import BackendArtifact
     from modelcrate_converter.config import Gates
     from modelcrate_converter.export import OnnxModel
+    from modelcrate_converter.exportable import ExportableModel
     from modelcrate_runtime.geometry import Crop
     from modelcrate_runtime.results import Classification, Detections, Poses
 
@@ -86,23 +86,48 @@ def check_parity(model: ExportableModel, artifact: BackendArtifact, canonical: O
     try:
         with np.errstate(all="ignore"):  # a network that overflows is said by its figures
             if model.task == "PoseDetector":
-                return _check_pose(model, session, images, gates)
-            if model.task == "Classifier":
-                return _check_classifier(model, session, images, gates)
-            return _check_detector(model, artifact, session, canonical, images, gates)
+                record = _check_pose(model, session, images, gates)
+            elif model.task == "Classifier":
+                record = _check_classifier(model, session, images, gates)
+            elif model.task == "Detector":
+                record = _check_detector(model, artifact, session, canonical, images, gates)
+            else:
+                record = _check_tensors(model, session, images, gates)
+        record.reference = model.reference
+        return record
     finally:
         session.close()
 
 
 def run_reference(model: ExportableModel, tensor: NDArray[np.float32]) -> Outputs:
-    """The network in eager PyTorch, float32 on the CPU: output name -> array."""
-    with torch.inference_mode():
-        values = model.module(torch.from_numpy(tensor))
-    return {spec.name: value.numpy() for spec, value in zip(model.outputs, values, strict=True)}
+    """The network in eager PyTorch, float32 on the CPU, or the ONNX file that was given: output name -> array."""
+
+    def run(part: NDArray[np.float32]) -> Outputs:
+        with torch.inference_mode():
+            values = model.module(torch.from_numpy(part))
+        return {spec.name: value.numpy() for spec, value in zip(model.outputs, values, strict=True)}
+
+    return _in_parts(model, run, tensor)
+
+
+def _run_artifact(model: ExportableModel, session: Session, tensor: NDArray[np.float32]) -> Outputs:
+    """The artefact on the same: output name -> array."""
+    return _in_parts(model, lambda part: session.run({model.input.name: part}), tensor)
+
+
+def _in_parts(model: ExportableModel, run: Callable[[NDArray[np.float32]], Outputs], tensor: NDArray[np.float32]) -> Outputs:
+    """One call, or as many as a fixed batch needs; the last one is filled up with zeros, whose rows are dropped."""
+    size = model.fixed_batch
+    if size is None or size == len(tensor):
+        return run(tensor)
+    filled = np.concatenate([tensor, np.zeros((-len(tensor) % size, *tensor.shape[1:]), dtype=tensor.dtype)])
+    parts = [run(filled[start : start + size]) for start in range(0, len(filled), size)]
+    return {name: np.concatenate([part[name] for part in parts])[: len(tensor)] for name in parts[0]}
 
 
 def _output(name: str, ours: Array, theirs: Array, gate: float) -> OutputParity:
-    difference = float(np.abs(ours.astype(np.float64) - theirs).max(initial=0.0))
+    same_shape = ours.shape == theirs.shape
+    difference = float(np.abs(ours.astype(np.float64) - theirs).max(initial=0.0)) if same_shape else float("inf")
     largest = float(np.abs(theirs).max(initial=0.0))
     relative = difference / largest if largest else difference
     return OutputParity(name=name, max_abs=difference, relative_linf=relative, gate=gate, passed=bool(relative <= gate))  # NaN does not pass
@@ -119,23 +144,16 @@ def _pixels(name: str, values: Array, gate: float, *, undecided: int = 0) -> Pix
 
 
 def _check_pose(model: ExportableModel, session: Session, images: Sequence[ParityImage], gates: Gates) -> ParityRecord:
-    pipeline = describe_pipeline(model, has_nms=False)
-    preprocessor = Preprocessor(pipeline, geometry="exact", where=model.name)
-    decoder = KeypointDecoder(pipeline, geometry="exact", where=model.name)
-    tensors: list[Array] = []
-    crops: list[Crop] = []
-    for image in images:
-        tensor, of_image = preprocessor.crops(image.image, image.boxes_xyxy)
-        tensors.append(tensor)
-        crops += of_image
-    batch = np.concatenate(tensors)
+    decoder = KeypointDecoder(describe_pipeline(model, has_nms=False), geometry="exact", where=model.name)
+    batch, crops = _crops(model, images)
     theirs = run_reference(model, batch)
-    ours: Outputs = session.run({model.input.name: batch})
+    ours = _run_artifact(model, session, batch)
     outputs = [_output(name, ours[name], theirs[name], gates.relative_linf) for name in theirs]
     input_hw = model.input_hw
     our_poses, their_poses = (decoder.decode(values, crops, input_hw=input_hw) for values in (ours, theirs))
     shifts = np.linalg.norm(our_poses.keypoints_xy - their_poses.keypoints_xy, axis=2)
-    decided = _decided_maxima(ours, theirs, gate=gates.relative_linf)
+    is_maximum = not isinstance(model.postprocess, RegressionFacts)
+    decided = _decided_maxima(ours, theirs, gate=gates.relative_linf) if is_maximum else np.ones(shifts.shape, dtype=bool)
     if isinstance(model.postprocess, HeatmapFacts):
         decided &= _steady(decoder, theirs, crops, their_poses, gates, input_hw=input_hw)
     # SimCC and heatmap scores are unnormalised logits: their shift is taken relative to the largest where that exceeds 1.
@@ -145,6 +163,17 @@ def _check_pose(model: ExportableModel, session: Session, images: Sequence[Parit
         _pixels("score_shift", scores, gates.score),
     ]
     return ParityRecord(verified=True, images=[image.name for image in images], samples=len(batch), outputs=outputs, pixels=pixels)
+
+
+def _crops(model: ExportableModel, images: Sequence[ParityImage]) -> tuple[NDArray[np.float32], list[Crop]]:
+    """The crops of all images, as the runtime cuts them: (N, C, H, W) float32 and the N maps back."""
+    preprocessor = _preprocessor(model)
+    tensors, crops = zip(*(preprocessor.crops(image.image, image.boxes_xyxy) for image in images), strict=True)
+    return np.concatenate(tensors), [crop for of_image in crops for crop in of_image]
+
+
+def _preprocessor(model: ExportableModel) -> Preprocessor:
+    return Preprocessor(describe_pipeline(model, has_nms=False), geometry="exact", where=model.name, resampling=model.resampling)
 
 
 def _decided_maxima(ours: Outputs, theirs: Outputs, *, gate: float) -> NDArray[np.bool_]:
@@ -175,14 +204,16 @@ def _steady(decoder: KeypointDecoder, theirs: Outputs, crops: list[Crop], poses:
 def _check_detector(
     model: ExportableModel, artifact: BackendArtifact, session: Session, canonical: OnnxModel, images: Sequence[ParityImage], gates: Gates
 ) -> ParityRecord:
-    assert isinstance(model.postprocess, DetectorFacts)
+    assert isinstance(model.postprocess, (DetectorFacts, BoxesFacts))
     pipeline = describe_pipeline(model, has_nms=artifact.has_nms)
-    preprocessor = Preprocessor(pipeline, geometry="exact", where=model.name)
+    preprocessor = _preprocessor(model)
     prepared = [preprocessor.image(image.image) for image in images]
     batch = np.concatenate([tensor for tensor, _ in prepared])
     metas: list[ImageMeta] = [meta for _, meta in prepared]
+    if isinstance(model.postprocess, BoxesFacts):
+        return _check_boxes(model, model.postprocess, session, images, batch, metas, gates)
     theirs = run_reference(model, batch)
-    ours: Outputs = session.run({model.input.name: batch})
+    ours = _run_artifact(model, session, batch)
     raw = ours
     if artifact.has_nms:
         raw_session = open_artefact("onnxruntime", {"net": canonical.path}, SessionOptions(), where=f"{model.name}: canonical graph")
@@ -191,16 +222,33 @@ def _check_detector(
     outputs = [_output(name, raw[name], theirs[name], gates.class_logits_linf if name.startswith("cls_") else gates.relative_linf) for name in theirs]
     decoder = BoxDecoder(pipeline, geometry="exact", where=model.name)
     reference_decoder = BoxDecoder(describe_pipeline(model, has_nms=False), geometry="exact", where=model.name)
-    our_boxes = decoder.decode(ours, metas)
-    their_boxes = reference_decoder.decode(theirs, metas)
-    pairs = [_match(a, b, model.postprocess, gates) for a, b in zip(our_boxes, their_boxes, strict=True)]
+    facts = model.postprocess
+    pixels = _box_figures(decoder.decode(ours, metas), reference_decoder.decode(theirs, metas), gates, score_thr=facts.score_thr, most=facts.max_per_img)
+    return ParityRecord(verified=True, images=[image.name for image in images], samples=len(batch), outputs=outputs, pixels=pixels)
+
+
+def _check_boxes(
+    model: ExportableModel, facts: BoxesFacts, session: Session, images: Sequence[ParityImage], batch: Array, metas: list[ImageMeta], gates: Gates
+) -> ParityRecord:
+    """A graph that ends in boxes gives another number of rows for other images: one image at a time, and boxes alone are compared, not tensors."""
+    decoder = BoxDecoder(describe_pipeline(model, has_nms=True), geometry="exact", where=model.name)
+    ours: list[Detections] = []
+    theirs: list[Detections] = []
+    for row, meta in zip(batch, metas, strict=True):
+        ours += decoder.decode(_run_artifact(model, session, row[None]), [meta])
+        theirs += decoder.decode(run_reference(model, row[None]), [meta])
+    pixels = _box_figures(ours, theirs, gates, score_thr=facts.score_thr, most=None)
+    return ParityRecord(verified=True, images=[image.name for image in images], samples=len(batch), pixels=pixels)
+
+
+def _box_figures(ours: list[Detections], theirs: list[Detections], gates: Gates, *, score_thr: float, most: int | None) -> list[PixelParity]:
+    pairs = [_match(a, b, gates, score_thr=score_thr, most=most) for a, b in zip(ours, theirs, strict=True)]
     undecided = sum(pair.undecided for pair in pairs)
-    pixels = [
+    return [
         _pixels("box_shift_px", np.concatenate([pair.shifts_px for pair in pairs]), gates.box_px, undecided=undecided),
         _pixels("score_shift", np.concatenate([pair.score_shifts for pair in pairs]), gates.score, undecided=undecided),
         _pixels("label_flips", np.array([float(pair.flips) for pair in pairs]), float(gates.label_flips)),
     ]
-    return ParityRecord(verified=True, images=[image.name for image in images], samples=len(batch), outputs=outputs, pixels=pixels)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -211,7 +259,7 @@ class _Matched:
     undecided: int
 
 
-def _match(ours: Detections, theirs: Detections, facts: DetectorFacts, gates: Gates) -> _Matched:
+def _match(ours: Detections, theirs: Detections, gates: Gates, *, score_thr: float, most: int | None) -> _Matched:
     """Pair the boxes of one image, best first, each with the nearest one of its label.
 
     A box that only one side has counts as a flip, unless its score is within the gate of the threshold, or of the last box where the list was cut.
@@ -230,8 +278,8 @@ def _match(ours: Detections, theirs: Detections, facts: DetectorFacts, gates: Ga
         shifts.append(distances[nearest])
         score_shifts.append(abs(float(ours.scores[candidates[nearest]]) - float(score)))
     lone_scores += [float(ours.scores[i]) for i in free]
-    is_cut = max(len(ours), len(theirs)) >= facts.max_per_img
-    edges = [facts.score_thr] + ([float(theirs.scores[-1])] if is_cut and len(theirs) else [])
+    is_cut = most is not None and max(len(ours), len(theirs)) >= most
+    edges = [score_thr] + ([float(theirs.scores[-1])] if is_cut and len(theirs) else [])
     undecided = sum(any(abs(score - edge) <= gates.score for edge in edges) for score in lone_scores)
     return _Matched(
         shifts_px=np.array(shifts, dtype=np.float64),
@@ -245,10 +293,10 @@ def _match(ours: Detections, theirs: Detections, facts: DetectorFacts, gates: Ga
 
 
 def _check_classifier(model: ExportableModel, session: Session, images: Sequence[ParityImage], gates: Gates) -> ParityRecord:
-    preprocessor = _classifier_input(model)
+    preprocessor = _preprocessor(model)
     batch = np.concatenate([preprocessor.image(image.image)[0] for image in images])
     theirs = run_reference(model, batch)
-    ours: Outputs = session.run({model.input.name: batch})
+    ours = _run_artifact(model, session, batch)
     outputs = [_output(name, ours[name], theirs[name], gates.relative_linf) for name in theirs]
     (name,) = theirs
     chosen = ours[name].argmax(axis=1)
@@ -264,9 +312,20 @@ def _check_classifier(model: ExportableModel, session: Session, images: Sequence
     return ParityRecord(verified=True, images=[image.name for image in images], samples=len(batch), outputs=outputs, pixels=pixels)
 
 
-def _classifier_input(model: ExportableModel) -> Preprocessor:
-    assert isinstance(model.postprocess, ClassifierFacts)
-    return Preprocessor(describe_pipeline(model, has_nms=False), geometry="exact", where=model.name, resampling=model.postprocess.resampling)
+# -------------------------------------------------------------------------------------------------------------------- tensors
+
+
+def _check_tensors(model: ExportableModel, session: Session, images: Sequence[ParityImage], gates: Gates) -> ParityRecord:
+    """What the tensors mean is the caller's business: they are compared as they are."""
+    if model.is_top_down:
+        batch, _ = _crops(model, images)
+    else:
+        preprocessor = _preprocessor(model)
+        batch = np.concatenate([preprocessor.image(image.image)[0] for image in images])
+    theirs = run_reference(model, batch)
+    ours = _run_artifact(model, session, batch)
+    outputs = [_output(name, ours[name], theirs[name], gates.relative_linf) for name in theirs]
+    return ParityRecord(verified=True, images=[image.name for image in images], samples=len(batch), outputs=outputs)
 
 
 # ------------------------------------------------------------------------------------------------------------------- pictures
@@ -274,12 +333,12 @@ def _classifier_input(model: ExportableModel) -> Preprocessor:
 
 def reference_result(model: ExportableModel, image: NDArray[np.uint8]) -> Detections | Poses | Classification:
     """What PyTorch finds in one image, for the picture beside the artefact's: pose models take the whole image as one box, as MMDeploy does."""
-    pipeline = describe_pipeline(model, has_nms=False)
-    if isinstance(model.postprocess, ClassifierFacts):
-        tensor, _ = _classifier_input(model).image(image)
+    pipeline = describe_pipeline(model, has_nms=isinstance(model.postprocess, BoxesFacts))
+    preprocessor = _preprocessor(model)
+    if model.task == "Classifier":
+        tensor, _ = preprocessor.image(image)
         return ClassDecoder(pipeline, where=model.name).decode(run_reference(model, tensor))[0]
-    preprocessor = Preprocessor(pipeline, geometry="exact", where=model.name)
-    if not isinstance(model.postprocess, DetectorFacts):
+    if model.task == "PoseDetector":
         tensor, crops = preprocessor.crops(image, None)
         decoder = KeypointDecoder(pipeline, geometry="exact", where=model.name)
         return decoder.decode(run_reference(model, tensor), crops, input_hw=model.input_hw)
@@ -291,7 +350,7 @@ def classify(model: ExportableModel, artifact: BackendArtifact, image: NDArray[n
     """What the artefact of a classifier says of one image, before it is in a bundle."""
     session = open_artefact(artifact.backend, artifact.files, SessionOptions(), where=f"{model.name} for {artifact.backend}")
     try:
-        outputs = session.run({model.input.name: _classifier_input(model).image(image)[0]})
+        outputs = _run_artifact(model, session, _preprocessor(model).image(image)[0])
     finally:
         session.close()
     return ClassDecoder(describe_pipeline(model, has_nms=False), where=model.name).decode(outputs)[0]

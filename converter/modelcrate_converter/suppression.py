@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     import onnx
 
-    from modelcrate_converter.architecture import DetectorFacts
+    from modelcrate_converter.exportable import DetectorFacts
 
 
 class _Tail:

@@ -19,12 +19,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 import typer
 
 from modelcrate_bundle.bundle import Bundle
-from modelcrate_bundle.errors import ConfigError, InputError, ModelcrateError, OutputError
+from modelcrate_bundle.errors import ConfigError, InputError, ModelcrateError, OutputError, TaskMismatchError
 from modelcrate_bundle.schema import write_record
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from rich.console import Console
 
+    from modelcrate_runtime.tasks import Network
     from modelcrate_runtime.top_down import Instance
 
 app = typer.Typer(
@@ -103,9 +106,12 @@ def run(
             help="One or two bundles (detector, pose estimator, or both for top-down), then images or folders of images.", metavar="BUNDLE... IMAGE..."
         ),
     ],
-    save: Annotated[Path | None, typer.Option(help="Draw the results: a picture for one image, a folder for several.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Draw the results: a picture for one image, a folder for several. Raw tensors: .npz files.")] = None,
     box: Annotated[
-        list[str] | None, typer.Option(help="A box for the pose estimator: left,top,right,bottom in pixels. May be repeated. Without one: the whole image.")
+        list[str] | None,
+        typer.Option(
+            help="A box for the pose estimator or a network of crops: left,top,right,bottom in pixels. May be repeated. Without one: the whole image."
+        ),
     ] = None,
     det_thr: Annotated[float, typer.Option(min=0, max=1, help="Least score of a detection.")] = 0.3,
     det_label: Annotated[int, typer.Option(min=0, help="Top-down: class of the detections that get a pose.")] = 0,
@@ -118,7 +124,8 @@ def run(
 ) -> None:
     """Run bundles on images; print a table or COCO-style JSON, draw pictures."""
     with exit_on_error():
-        from modelcrate_runtime.images import image_files, read_image, write_image
+        from modelcrate_runtime.images import IMAGE_SUFFIXES, image_files, write_image
+        from modelcrate_runtime.tasks import Network
         from modelcrate_runtime.top_down import Runner
 
         bundles, paths = _split_inputs(inputs)
@@ -129,31 +136,87 @@ def run(
         unusable: list[InputError] = []
         plain = [file.name for file in files]
         names = {file: file.name if plain.count(file.name) == 1 else str(file) for file in files}
-        targets = _picture_places(save, files)
+        if any(bundle.pipeline.postprocess.module == "modelcrate" for bundle in bundles):
+            if len(bundles) > 1:
+                raise TaskMismatchError("expected a network of raw tensors alone, found another bundle beside it", hint="run them one by one")
+            with Network(bundles[0], device, device_id, geometry=geometry, threads=threads) as network:
+                _run_network(network, files, names, boxes, save=save, as_json=as_json)
+            return
+        targets = _places(save, files, suffixes=tuple(sorted(IMAGE_SUFFIXES)), default=".png")
         with Runner.open(bundles, geometry=geometry, device=device, device_id=device_id, threads=threads, det_thr=det_thr, det_label=det_label) as runner:
-            for index, file in enumerate(files):
-                try:
-                    image = read_image(file)
-                except InputError as error:
-                    if len(files) == 1:
-                        raise
-                    unusable.append(error)  # the others are not to suffer for it
-                    errors.print(f"skipped: {error}", style="yellow", soft_wrap=True)
-                    continue
+            for index, image in _images(files, unusable):
                 instances = runner.run(image, boxes)
                 if as_json:
-                    collected += [instance.coco(names[file]) for instance in instances]
+                    collected += [instance.coco(names[files[index]]) for instance in instances]
                 else:
-                    _print_instances(out, file, instances, runner)
+                    _print_instances(out, files[index], instances, runner)
                 if targets:
                     write_image(targets[index], runner.draw(image, instances, kpt_thr=kpt_thr))
                     errors.print(f"wrote {targets[index]}", style="dim")
         if as_json:
             sys.stdout.write(json.dumps(collected, indent=1) + "\n")
-        if unusable:
-            raise InputError(
-                f"expected {len(files)} images, found {len(unusable)} that cannot be used: the results are of the others", hint="see the lines above"
-            )
+        _raise_unusable(unusable, files)
+
+
+def _images(files: list[Path], unusable: list[InputError]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    """The images that can be read, with their numbers; of several, one that cannot is said and put into `unusable`."""
+    from modelcrate_runtime.images import read_image
+
+    for index, file in enumerate(files):
+        try:
+            image = read_image(file)
+        except InputError as error:
+            if len(files) == 1:
+                raise
+            unusable.append(error)  # the others are not to suffer for it
+            consoles()[1].print(f"skipped: {error}", style="yellow", soft_wrap=True)
+            continue
+        yield index, image
+
+
+def _raise_unusable(unusable: list[InputError], files: list[Path]) -> None:
+    if unusable:
+        raise InputError(f"expected {len(files)} images, found {len(unusable)} that cannot be used: the results are of the others", hint="see the lines above")
+
+
+def _run_network(network: Network, files: list[Path], names: dict[Path, str], boxes: list[list[float]] | None, *, save: Path | None, as_json: bool) -> None:
+    """What can be said of tensors whose meaning only the caller knows: shapes and ranges; and the tensors themselves as .npz files."""
+    from rich.table import Table
+
+    from modelcrate_runtime.images import write_arrays
+
+    out, errors = consoles()
+    collected: list[dict[str, Any]] = []
+    unusable: list[InputError] = []
+    targets = _places(save, files, suffixes=(".npz",), default=".npz")
+    for index, image in _images(files, unusable):
+        tensors = network(image, boxes)
+        rows: list[dict[str, Any]] = [
+            {
+                "name": name,
+                "dtype": str(value.dtype),
+                "shape": list(value.shape),
+                **{what: float(getattr(value, what)()) if value.size else None for what in ("min", "mean", "max")},
+            }
+            for name, value in tensors.outputs.items()
+        ]
+        if as_json:
+            collected.append({"file_name": names[files[index]], "outputs": rows})
+        else:
+            out.print(str(files[index]), style="italic", soft_wrap=True)
+            table = Table("output", "dtype", "shape")
+            for what in ("least", "mean", "greatest"):
+                table.add_column(what, justify="right")
+            for row in rows:
+                figures = ["" if row[what] is None else f"{row[what]:.6g}" for what in ("min", "mean", "max")]
+                table.add_row(row["name"], row["dtype"], " x ".join(map(str, row["shape"])), *figures)
+            out.print(table)
+        if targets:
+            write_arrays(targets[index], tensors.outputs)
+            errors.print(f"wrote {targets[index]}", style="dim")
+    if as_json:
+        sys.stdout.write(json.dumps(collected, indent=1) + "\n")
+    _raise_unusable(unusable, files)
 
 
 @app.command()
@@ -254,38 +317,34 @@ def _split_inputs(inputs: list[str]) -> tuple[list[Bundle], list[Path]]:
     return bundles, paths
 
 
-def _picture_places(save: Path | None, files: list[Path]) -> list[Path]:
-    """Where the picture of each image goes: `save` itself for one image, else a file in it; a number where two would have the same name.
+def _places(save: Path | None, files: list[Path], *, suffixes: tuple[str, ...], default: str) -> list[Path]:
+    """Where the result of each image goes: `save` itself for one image, else a file in it; a number where two would have the same name.
 
     Raises:
         OutputError: a place that makes no sense, or that an input has. Said before the first network runs.
     """
-    from modelcrate_runtime.images import IMAGE_SUFFIXES
-
     if save is None:
         return []
-    is_picture = save.suffix.lower() in IMAGE_SUFFIXES and not save.is_dir()
-    if is_picture and len(files) > 1:
-        raise OutputError(f"--save {save}: expected a folder for {len(files)} images, found the name of a picture", hint="--save drawn/")
-    if not is_picture and len(files) == 1 and save.suffix and not save.is_dir():
-        raise OutputError(
-            f"--save {save}: expected one of {', '.join(sorted(IMAGE_SUFFIXES))} or a folder, found {save.suffix!r}", hint="name the picture like out.png"
-        )
+    is_file = save.suffix.lower() in suffixes and not save.is_dir()
+    if is_file and len(files) > 1:
+        raise OutputError(f"--save {save}: expected a folder for {len(files)} images, found the name of a file", hint="--save results/")
+    if not is_file and len(files) == 1 and save.suffix and not save.is_dir():
+        raise OutputError(f"--save {save}: expected one of {', '.join(suffixes)} or a folder, found {save.suffix!r}", hint=f"name the file like out{default}")
     if (save / "deploy.json").is_file() or str(save) == ".":
         raise OutputError(
-            f"--save {save}: expected a place for pictures, found {'a bundle' if str(save) != '.' else 'the current folder'}", hint="--save drawn/"
+            f"--save {save}: expected a place for results, found {'a bundle' if str(save) != '.' else 'the current folder'}", hint="--save results/"
         )
     places: list[Path] = []
     for file in files:
-        place, number = save if is_picture else save / f"{file.stem}.png", 1
+        place, number = save if is_file else save / f"{file.stem}{default}", 1
         while place in places:
             number += 1
-            place = save / f"{file.stem}-{number}.png"
+            place = save / f"{file.stem}-{number}{default}"
         places.append(place)
     inputs = {file.resolve() for file in files}
     taken = next((place for place in places if place.resolve() in inputs), None)
     if taken is not None:
-        raise OutputError(f"--save {save}: expected another place than the images', found that {taken} is one of them", hint="--save drawn/")
+        raise OutputError(f"--save {save}: expected another place than the images', found that {taken} is one of them", hint="--save results/")
     return places
 
 

@@ -1,8 +1,10 @@
-"""Reading and writing image files, with errors that say what was found."""
+"""Reading and writing image files, and the arrays of networks whose results are no pictures, with errors that say what was found."""
 
 from __future__ import annotations
 
+import io
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -87,6 +89,22 @@ def write_image(path: Path, image: NDArray[np.uint8]) -> None:
         if not done:
             raise OutputError(f"{path}: OpenCV could not encode the picture")
         data = encoded.tobytes()
+    _write(path, data)
+
+
+def write_arrays(path: Path, arrays: Mapping[str, NDArray[np.generic]]) -> None:
+    """Write named arrays as a compressed `.npz`.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    content = io.BytesIO()
+    np.savez_compressed(content, allow_pickle=False, **arrays)
+    _write(path, content.getvalue())
+
+
+def _write(path: Path, data: bytes) -> None:
+    """The whole file or none."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")

@@ -30,7 +30,7 @@ from modelcrate_bundle.schema import (
 )
 from modelcrate_runtime.cores import usable_cores, workers
 from modelcrate_runtime.geometry import Crop, Cut, Geometry, Image, StraightWarps, as_boxes, plan_exact, plan_sdk
-from modelcrate_runtime.resampling import resize_bicubic
+from modelcrate_runtime.resampling import KERNELS, Kernel, resize_pillow
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,9 +62,8 @@ class ImageMeta:
         image_hw: size of the caller's image, (height, width) in pixels.
         resized_hw: size after resizing, before padding (LetterResize: after padding, as the SDK has it).
         scale_xyxy: (4,) network pixels per image pixel, for left, top, right, bottom.
-        pad_left_top: network pixels of padding before the image.
+        pad_left_top: network pixels of padding before the image; negative where a part of it was cut off.
         border_xy: network pixels of `logical_or_val` padding before the image.
-        crop: the map of a top-down crop, or None.
     """
 
     image_hw: tuple[int, int]
@@ -72,7 +71,12 @@ class ImageMeta:
     scale_xyxy: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
     pad_left_top: tuple[float, float] = (0.0, 0.0)
     border_xy: tuple[int, int] = (0, 0)
-    crop: Crop | None = None
+
+    @property
+    def as_crop(self) -> Crop:
+        """How the network's pixels lie in the image."""
+        scale, before = self.scale_xyxy[:2], [pad + border for pad, border in zip(self.pad_left_top, self.border_xy, strict=True)]
+        return Crop(step_xy=(1 / scale[0], 1 / scale[1]), origin_xy=(-before[0] / scale[0], -before[1] / scale[1]))
 
 
 def check_image(image: Any, *, color: bool = True) -> Image:
@@ -120,15 +124,15 @@ class Preprocessor:
             pipeline: the bundle's pipeline.json.
             geometry: the convention to follow; see `modelcrate_runtime.geometry`.
             where: the bundle's name, for messages.
-            resampling: the manifest's; "pillow-bicubic" is what exact geometry then resizes with.
+            resampling: the manifest's; "pillow-bilinear" or "pillow-bicubic" is what exact geometry then resizes with.
 
         Raises:
             UnsupportedBundleError: a transform that there is no code for, or a combination of them that makes no sense.
         """
-        if resampling not in {None, "pillow-bicubic"}:
-            raise UnsupportedBundleError(f"{where}: resampling: expected 'pillow-bicubic' or none, found {resampling!r}")
+        if resampling is not None and resampling not in KERNELS:
+            raise UnsupportedBundleError(f"{where}: resampling: expected {' or '.join(KERNELS)} or none, found {resampling!r}")
         self._geometry: Geometry = geometry
-        self._is_pillow = geometry == "exact" and resampling == "pillow-bicubic"
+        self._pillow = KERNELS.get(resampling or "") if geometry == "exact" else None
         self._where = where
         self._load = LoadImageFromFile()
         self._normalize = pipeline.transform(Normalize)
@@ -262,13 +266,13 @@ class Preprocessor:
 
     def _apply(self, transform: Transform, pixels: Image, meta: ImageMeta) -> Image:
         if isinstance(transform, Resize):
-            return _resize(pixels, transform, meta, geometry=self._geometry, room_wh=self._room_wh, is_pillow=self._is_pillow)
+            return _resize(pixels, transform, meta, geometry=self._geometry, room_wh=self._room_wh, pillow=self._pillow)
         if isinstance(transform, LetterResize):
             return _letter_resize(pixels, transform, meta)
         if isinstance(transform, Pad):
             return _pad(pixels, transform, meta)
         if isinstance(transform, CenterCrop):
-            return _center_crop(pixels, transform, geometry=self._geometry)
+            return _center_crop(pixels, transform, meta, geometry=self._geometry)
         raise UnsupportedBundleError(f"{self._where}: {transform.type} needs a box; this task gives whole images")
 
 
@@ -324,7 +328,7 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else size
 
 
-def _resize(pixels: Image, transform: Resize, meta: ImageMeta, *, geometry: Geometry, room_wh: tuple[int, int] | None, is_pillow: bool = False) -> Image:
+def _resize(pixels: Image, transform: Resize, meta: ImageMeta, *, geometry: Geometry, room_wh: tuple[int, int] | None, pillow: Kernel | None) -> Image:
     """Spec 2.2. The SDK keeps the ratio in float32, MMCV in double: they differ for a few odd sizes.
 
     Both match long side to long side, so that a portrait image leaves a landscape target; where a Pad to a fixed size follows, which would
@@ -348,8 +352,8 @@ def _resize(pixels: Image, transform: Resize, meta: ImageMeta, *, geometry: Geom
     else:
         new_w, new_h = target_w, target_h
     new_w, new_h = max(new_w, 1), max(new_h, 1)  # a sliver of an image still has a pixel
-    if is_pillow:
-        pixels = resize_bicubic(pixels, (new_w, new_h))
+    if pillow is not None:
+        pixels = resize_pillow(pixels, (new_w, new_h), kernel=pillow)
     elif (new_h, new_w) != (height, width):
         pixels = cv2.resize(pixels, (new_w, new_h), interpolation=_INTERPOLATION[transform.interpolation]).reshape(new_h, new_w, -1)  # type: ignore[assignment]
     meta.resized_hw = (new_h, new_w)
@@ -437,7 +441,7 @@ def _pad_planes(tensor: Tensor, transform: Pad) -> Tensor:
     return np.pad(tensor, ((0, 0), (0, 0), (0, bottom), (0, right)), constant_values=transform.fill)
 
 
-def _center_crop(pixels: Image, transform: CenterCrop, *, geometry: Geometry) -> Image:
+def _center_crop(pixels: Image, transform: CenterCrop, meta: ImageMeta, *, geometry: Geometry) -> Image:
     """Spec 2.6; halves round away from zero in the SDK, and to even numbers in MMPretrain."""
     height, width = pixels.shape[:2]
     crop_h, crop_w = _pair(transform.crop_size)
@@ -445,4 +449,6 @@ def _center_crop(pixels: Image, transform: CenterCrop, *, geometry: Geometry) ->
         top, left = max(0, round((height - crop_h) / 2)), max(0, round((width - crop_w) / 2))
     else:
         top, left = max(0, int((height - crop_h) / 2 + 0.5)), max(0, int((width - crop_w) / 2 + 0.5))
+    if geometry == "exact":  # the SDK forgets what it cut off
+        meta.pad_left_top = (meta.pad_left_top[0] - left, meta.pad_left_top[1] - top)
     return pixels[top : top + crop_h, left : left + crop_w]

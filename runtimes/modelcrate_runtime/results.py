@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from modelcrate_runtime.geometry import Crop, Points, to_image
+
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -62,3 +66,27 @@ class Poses:
 
     def __len__(self) -> int:
         return len(self.scores)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Tensors:
+    """What a network says of the N inputs from one image, to be decoded by the caller.
+
+    Attributes:
+        outputs: output name -> (N, ...) array.
+        crops: (N) how network pixels lie in the image; a whole image is one crop.
+    """
+
+    outputs: Mapping[str, NDArray[np.generic]]
+    crops: list[Crop]
+
+    def __len__(self) -> int:
+        return len(self.crops)
+
+    def __getitem__(self, name: str) -> NDArray[np.generic]:
+        """An output by its name."""
+        return self.outputs[name]
+
+    def to_image(self, points_xy: Points) -> Points:
+        """Map (N, K, 2) float32 points from network pixels to image pixels."""
+        return to_image(points_xy, self.crops)

@@ -1,4 +1,4 @@
-"""Detector, PoseDetector and Classifier: MMDeploy's Python classes with the same calls and returns, and typed ones beside them.
+"""Detector, PoseDetector and Classifier: MMDeploy's Python classes with the same calls and returns, and typed ones beside them; Network for any other.
 
 Code written for `mmdeploy_runtime` runs with its import line changed. `detect` and `estimate` return typed results; `batch` and the batched
 methods run many inputs in as few network calls as the artefact allows.
@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Final, Self, TypeAlias
 import numpy as np
 
 from modelcrate_bundle.bundle import Bundle
-from modelcrate_bundle.errors import BundleFormatError, ConfigError, TaskMismatchError
+from modelcrate_bundle.errors import BundleFormatError, ConfigError, InputError, TaskMismatchError
 from modelcrate_runtime.cores import workers
 from modelcrate_runtime.postprocess import BoxDecoder, ClassDecoder, KeypointDecoder
 from modelcrate_runtime.preprocess import ImageMeta, PlannedCrops, Preprocessor
-from modelcrate_runtime.results import Classification, Detections, Poses
+from modelcrate_runtime.results import Classification, Detections, Poses, Tensors
 from modelcrate_runtime.sessions import Session, SessionOptions, open_session
 
 if TYPE_CHECKING:
@@ -206,6 +206,11 @@ class _Task:
             for part, outputs in self._infer(len(of_shape), feed, feed):
                 indices = [of_shape[i] for i in part]
                 yield indices, [prepared[i][1] for i in indices], outputs
+
+    def _infer_crops(self, planned: Sequence[PlannedCrops], count: int) -> Outputs:
+        """Run the crops of several images, counted through all of them; there is at least one."""
+        parts = self._infer(count, functools.partial(_render, planned, beside=False), functools.partial(_render, planned, beside=True))
+        return parts[0][1] if len(parts) == 1 else {name: np.concatenate([part[name] for _, part in parts]) for name in parts[0][1]}
 
     def _call(self, tensor: Tensor, run: Run) -> Outputs:
         """One network call; a fixed batch is filled up and its surplus rows dropped."""
@@ -400,8 +405,7 @@ class PoseDetector(_Task):
         crops: list[Crop] = [crop for of_image in planned for crop in of_image.crops]
         if not crops:
             return [_no_poses(self.keypoint_count) for _ in planned]
-        parts = self._infer(len(crops), functools.partial(_render, planned, beside=False), functools.partial(_render, planned, beside=True))
-        outputs = parts[0][1] if len(parts) == 1 else {name: np.concatenate([part[name] for _, part in parts]) for name in parts[0][1]}
+        outputs = self._infer_crops(planned, len(crops))
         poses = self._decoder.decode(outputs, crops, input_hw=(planned[0].size_wh[1], planned[0].size_wh[0]))
         if len(planned) == 1:
             return [poses]
@@ -425,6 +429,66 @@ class PoseDetector(_Task):
         return int(next(iter(outputs.values())).shape[1])
 
 
+class Network(_Task):
+    """Any other network: images go in as the bundle says, and what comes out is the caller's business. The constructor's arguments are `_Task`'s.
+
+    Attributes:
+        bundle: what was opened.
+        geometry: the convention in force, "exact" or "sdk".
+        session: the network.
+    """
+
+    def _open_decoder(self) -> None:
+        _check_task(self.bundle, module="modelcrate", expected="Network")
+
+    @property
+    def is_top_down(self) -> bool:
+        """Whether it takes crops around boxes, not whole images."""
+        return self._preprocessor.is_top_down
+
+    def __call__(self, img: NDArray[np.uint8], bboxes: ArrayLike | None = None) -> Tensors:
+        """Run on one image.
+
+        Args:
+            img: (H, W, 3) BGR, (H, W, 4) BGRA or (H, W) grey, uint8.
+            bboxes: for a network of crops (4,) or (N, 4) left, top, right, bottom in image pixels; None for the whole image.
+
+        Raises:
+            InputError: not such an image, or boxes that cannot be used.
+        """
+        return self.batch([img], [bboxes])[0]
+
+    def batch(self, imgs: Sequence[NDArray[np.uint8]], bboxes: Sequence[ArrayLike | None] = ()) -> list[Tensors]:
+        """Run on several images of any sizes, in as few network calls as the artefact allows.
+
+        Args:
+            imgs: the images.
+            bboxes: for each image its boxes; empty for whole images.
+        """
+        if not self.is_top_down:
+            if any(boxes is not None for boxes in bboxes):
+                raise InputError(f"{self.bundle.root}: expected no boxes, since it takes whole images, found some")
+            return self._whole(imgs)
+        planned = [self._preprocessor.plan_crops(image, boxes) for image, boxes in zip(imgs, bboxes or [None] * len(imgs), strict=True)]
+        count = sum(len(of_image.crops) for of_image in planned)
+        if count == 0:
+            return [Tensors(outputs={}, crops=[]) for _ in planned]
+        outputs = self._infer_crops(planned, count)
+        results, start = [], 0
+        for of_image in planned:
+            end = start + len(of_image.crops)
+            results.append(Tensors(outputs={name: value[start:end] for name, value in outputs.items()}, crops=of_image.crops))
+            start = end
+        return results
+
+    def _whole(self, images: Sequence[NDArray[np.uint8]]) -> list[Tensors]:
+        results = [Tensors(outputs={}, crops=[])] * len(images)
+        for indices, metas, outputs in self._infer_images([self._preprocessor.image(image) for image in images]):
+            for row, (i, meta) in enumerate(zip(indices, metas, strict=True)):
+                results[i] = Tensors(outputs={name: value[row : row + 1] for name, value in outputs.items()}, crops=[meta.as_crop])
+        return results
+
+
 def _render(planned: Sequence[PlannedCrops], part: range, *, beside: bool) -> Tensor:
     """Crops number `part`, counted through all images."""
     tensors, first = [], 0
@@ -439,7 +503,7 @@ def _render(planned: Sequence[PlannedCrops], part: range, *, beside: bool) -> Te
 def _check_task(bundle: Bundle, *, module: str, expected: str) -> None:
     found = bundle.pipeline.postprocess.module
     if found != module:
-        kind = {"mmdet": "a detector", "mmpose": "a pose estimator", "mmcls": "a classifier"}
+        kind = {"mmdet": "a detector", "mmpose": "a pose estimator", "mmcls": "a classifier", "modelcrate": "a network of raw tensors"}
         raise TaskMismatchError(
             f"{bundle.root}: expected {kind[module]} for {expected}, found {kind.get(found, f'a bundle of {found}')}",
             hint=f"open it with {bundle.deploy.task or 'the class of its task'}",

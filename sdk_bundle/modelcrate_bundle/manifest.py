@@ -79,9 +79,15 @@ class PixelParity(Record, kw_only=True):
 
 
 class ParityRecord(Record, kw_only=True):
-    """The comparison with eager PyTorch that the bundle passed, or that it was not made."""
+    """The comparison that the bundle passed, or that it was not made.
+
+    Attributes:
+        verified: whether it was made.
+        reference: with what: "PyTorch", eager and in float32, or the ONNX file that the bundle was made from.
+    """
 
     verified: bool
+    reference: str = "PyTorch"
     images: list[str] = msgspec.field(default_factory=list)
     samples: int = 0
     outputs: list[OutputParity] = msgspec.field(default_factory=list)
@@ -130,12 +136,12 @@ class Manifest(Record, kw_only=True):
 
     Attributes:
         id: `<model>_<target>`, the name of the bundle's folder.
-        task: Detector, PoseDetector or Classifier.
+        task: Detector, PoseDetector or Classifier; Network for tensors that the caller decodes.
         precision: what the artefact really computes in: fp32, fp16, bf16, int8.
         geometry: "exact" (upstream's crop and its exact inverse) or "sdk" (MMDeploy's integer crop).
         shape_ranges: input name -> shapes that it may have.
         class_names: label -> name.
-        resampling: how exact geometry resizes: "pillow-bicubic", or None for what pipeline.json says.
+        resampling: how exact geometry resizes: "pillow-bilinear", "pillow-bicubic", or None for what pipeline.json says.
     """
 
     schema_version: str = SCHEMA_VERSION

@@ -66,6 +66,7 @@ GOLDEN = b"""{
     "files": [],
     "parity": {
         "verified": true,
+        "reference": "PyTorch",
         "images": [
             "a.jpg"
         ],
@@ -99,7 +100,7 @@ GOLDEN = b"""{
             }
         ]
     },
-    "content_sha256": "45d929601fd399ad52e1f7b993b73dba60ff4b939c545b45cbe6a93e56dee9b7"
+    "content_sha256": "6da165146c4a290a7e2104ec9605f4759f11fa25dc8355d9b66bc40c351df378"
 }
 """
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from modelcrate_bundle.errors import ArchitectureError, ConfigError, ModelcrateError
-from modelcrate_converter.architecture import DetectorFacts, ExportableModel, Normalization, PoseFacts, read_architecture
+from modelcrate_converter.architecture import read_architecture
 from modelcrate_converter.checkpoint import read_checkpoint
+from modelcrate_converter.exportable import DetectorFacts, ExportableModel, Normalization, PoseFacts
 from modelcrate_converter.models.blueprints import random_weights, rtmdet_shapes, rtmpose_shapes
 
 Save = Callable[..., Path]

@@ -12,12 +12,13 @@ import torch
 from typer.testing import CliRunner
 
 from modelcrate_bundle.errors import ConfigError, TaskMismatchError, UnsupportedBundleError
-from modelcrate_converter.architecture import ClassifierFacts, read_architecture
+from modelcrate_converter.architecture import read_architecture
 from modelcrate_converter.checkpoint import read_checkpoint
 from modelcrate_converter.cli import app
 from modelcrate_converter.config import load_config
 from modelcrate_converter.convert import ConvertOptions, convert
 from modelcrate_converter.describe import describe_pipeline
+from modelcrate_converter.exportable import ClassifierFacts, ImageFit
 from modelcrate_converter.models.blueprints import classifier_shapes, random_weights
 from modelcrate_converter.models.classifier import ImageClassifier
 from modelcrate_converter.people import procedural_scenes
@@ -26,7 +27,7 @@ from modelcrate_runtime.draw import draw_classes
 from modelcrate_runtime.images import read_image, write_image
 from modelcrate_runtime.postprocess import ClassDecoder
 from modelcrate_runtime.preprocess import Preprocessor
-from modelcrate_runtime.resampling import resize_bicubic
+from modelcrate_runtime.resampling import resize_pillow
 from oracle_weights import MORE, oracle_input, oracle_outputs, oracle_shapes, oracle_weights
 
 NAMES = [f"cspnext-{size}_in1k-224" for size in "tsml"]
@@ -75,13 +76,13 @@ test_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 """
     model = read_architecture(read_checkpoint(checkpoint(tmp_path, cfg=cfg)))
     assert (model.task, model.input_hw, model.class_names) == ("Classifier", (96, 96), list(CLASSES))
-    assert model.postprocess == ClassifierFacts(resize_edge=100, resampling=None, topk=5)
+    assert model.postprocess == ClassifierFacts(fit=ImageFit(mode="shorter-edge", edge=100), topk=5)
 
 
 def test_without_a_config_they_are_named_defaults(tmp_path: Path) -> None:
     model = read_architecture(read_checkpoint(checkpoint(tmp_path)))
     assert (model.name, model.input_hw) == ("cspnext-c128", (224, 224))
-    assert model.postprocess == ClassifierFacts(resize_edge=236, resampling="pillow-bicubic", topk=5)
+    assert model.postprocess == ClassifierFacts(fit=ImageFit(mode="shorter-edge", edge=236, resampling="pillow-bicubic"), topk=5)
     assert model.facts["resampling"] == "default: pillow-bicubic"
 
 
@@ -93,26 +94,28 @@ def test_another_resize_is_refused(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------- resizing
 
-# SHA-256 of PIL.Image.fromarray(image).resize((width, height), BICUBIC), made with Pillow 13.0.0 and numpy 2.4 for
+# SHA-256 of PIL.Image.fromarray(image).resize((width, height), BILINEAR or BICUBIC), made with Pillow 13.0.0 and numpy 2.4 for
 # image = numpy.random.default_rng(0).integers(0, 256, (H, W, 3), dtype=uint8), drawn in this order from one generator.
 PILLOW = [
-    ((375, 500), (314, 236), "e4d47396c978f4d3a04468367d0bef2bab5376c4370249a4d2550106d50a2759"),
-    ((120, 90), (236, 314), "c33eb7cb270a6300dfe92392f374fff7dd3c7a37246acc83d9dfa203a9293ee5"),
+    ((375, 500), (314, 236), {"bicubic": "e4d47396c978f4d3a04468367d0bef2bab5376c4370249a4d2550106d50a2759", "bilinear": "1844d5004edaf9166c49420bd4b2d86dbfe67aaf8130ae7f6dbc66e35840cfc7"}),
+    ((120, 90), (236, 314), {"bicubic": "c33eb7cb270a6300dfe92392f374fff7dd3c7a37246acc83d9dfa203a9293ee5", "bilinear": "0df105e538236ae4320a6801da6076b3dfe37eb40d031798a3f206f1c02d7b99"}),
 ]
 
 
 def test_resize_is_pillows_to_the_bit() -> None:
     rng = np.random.default_rng(0)
-    for (height, width), size_wh, digest in PILLOW:
+    for (height, width), size_wh, digests in PILLOW:
         image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        assert hashlib.sha256(resize_bicubic(image, size_wh).tobytes()).hexdigest() == digest
+        for kernel, digest in digests.items():
+            assert hashlib.sha256(resize_pillow(image, size_wh, kernel=kernel).tobytes()).hexdigest() == digest, kernel
 
 
-def test_resize_keeps_what_is_flat_and_what_has_its_size() -> None:
+@pytest.mark.parametrize("kernel", ["bilinear", "bicubic"])
+def test_resize_keeps_what_is_flat_and_what_has_its_size(kernel: str) -> None:
     flat = np.full((50, 80, 3), (0, 130, 255), dtype=np.uint8)
-    assert (resize_bicubic(flat, (33, 120)) == (0, 130, 255)).all()
+    assert (resize_pillow(flat, (33, 120), kernel=kernel) == (0, 130, 255)).all()
     image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
-    np.testing.assert_array_equal(resize_bicubic(image, (30, 20)), image)
+    np.testing.assert_array_equal(resize_pillow(image, (30, 20), kernel=kernel), image)
 
 
 def test_geometries_resize_and_crop_as_their_owners_do(tmp_path: Path) -> None:
@@ -121,7 +124,7 @@ def test_geometries_resize_and_crop_as_their_owners_do(tmp_path: Path) -> None:
     exact, _ = Preprocessor(pipeline, geometry="exact", where="test", resampling="pillow-bicubic").image(image)
     bilinear, _ = Preprocessor(pipeline, geometry="sdk", where="test", resampling="pillow-bicubic").image(image)
     assert exact.shape == bilinear.shape == (1, 3, 224, 224)
-    resized = resize_bicubic(image, (314, 236))  # 480x640: the shorter edge becomes 236
+    resized = resize_pillow(image, (314, 236), kernel="bicubic")  # 480x640: the shorter edge becomes 236
     left = (resized[6:230, 45:269, 2].astype(np.float32) - np.float32(123.675)) * (np.float32(1) / np.float32(58.395))
     np.testing.assert_array_equal(exact[0, 0], left)
     assert 0.005 < np.abs(exact - bilinear).mean() < 1

@@ -15,10 +15,11 @@ import torch
 
 from modelcrate_bundle.errors import ExportError
 from modelcrate_bundle.tensors import TensorSpec
-from modelcrate_converter.architecture import DetectorFacts, ExportableModel, read_architecture
+from modelcrate_converter.architecture import read_architecture
 from modelcrate_converter.checkpoint import read_checkpoint
 from modelcrate_converter.config import OnnxOptions
 from modelcrate_converter.export import OnnxModel, export_onnx, save_onnx
+from modelcrate_converter.exportable import DetectorFacts, ExportableModel
 from modelcrate_converter.models.blueprints import random_weights, rtmdet_shapes, rtmpose_shapes
 from modelcrate_converter.simplify import op_table, simplify
 from modelcrate_converter.suppression import attach_nms, points

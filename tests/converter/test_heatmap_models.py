@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from modelcrate_bundle.errors import ConfigError, UnsupportedBundleError
-from modelcrate_converter.architecture import HeatmapFacts, read_architecture
+from modelcrate_converter.architecture import read_architecture
 from modelcrate_converter.checkpoint import read_checkpoint
 from modelcrate_converter.config import load_config
 from modelcrate_converter.convert import ConvertOptions, convert
+from modelcrate_converter.exportable import HeatmapFacts
 from modelcrate_converter.models.heatmap import HeatmapPose
 from modelcrate_converter.people import procedural_scenes
 from modelcrate_runtime import PoseDetector

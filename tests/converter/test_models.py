@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from modelcrate_bundle.errors import ArchitectureError
-from modelcrate_converter.architecture import ExportableModel, read_architecture
+from modelcrate_converter.architecture import read_architecture
 from modelcrate_converter.checkpoint import read_checkpoint
+from modelcrate_converter.exportable import ExportableModel
 from modelcrate_converter.models.blueprints import DETECTOR_SIZES, POSE_SIZES, random_weights, rtmdet_shapes, rtmpose_shapes
 from modelcrate_converter.models.layers import Shapes
 from modelcrate_converter.models.rtmdet import RTMDet

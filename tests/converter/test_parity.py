@@ -15,11 +15,12 @@ import torch
 
 from modelcrate_bundle.errors import InputError
 from modelcrate_bundle.manifest import OutputParity, ParityRecord, PixelParity
-from modelcrate_converter.architecture import ExportableModel, read_architecture
+from modelcrate_converter.architecture import read_architecture
 from modelcrate_converter.builders import BackendArtifact, build
 from modelcrate_converter.checkpoint import read_checkpoint
 from modelcrate_converter.config import DeployConfig, Gates, NmsOptions, OnnxOptions
 from modelcrate_converter.export import OnnxModel, export_onnx
+from modelcrate_converter.exportable import ExportableModel
 from modelcrate_converter.models.blueprints import random_weights, rtmdet_shapes, rtmpose_shapes
 from modelcrate_converter.parity import ParityImage, check_parity, failed_gates, given_image, parity_rows, procedural_images, reference_result
 from modelcrate_runtime.results import Detections, Poses

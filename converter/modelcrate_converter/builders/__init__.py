@@ -16,9 +16,9 @@ from modelcrate_bundle.errors import ConfigError, MissingBackendError
 from modelcrate_bundle.tensors import TensorSpec
 
 if TYPE_CHECKING:
-    from modelcrate_converter.architecture import ExportableModel
     from modelcrate_converter.config import DeployConfig
     from modelcrate_converter.export import OnnxModel
+    from modelcrate_converter.exportable import ExportableModel
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

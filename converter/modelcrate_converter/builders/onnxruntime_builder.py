@@ -6,14 +6,14 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from modelcrate_converter.architecture import DetectorFacts
 from modelcrate_converter.builders import BackendArtifact
+from modelcrate_converter.exportable import BoxesFacts, DetectorFacts
 from modelcrate_converter.suppression import attach_nms
 
 if TYPE_CHECKING:
-    from modelcrate_converter.architecture import ExportableModel
     from modelcrate_converter.config import DeployConfig
     from modelcrate_converter.export import OnnxModel
+    from modelcrate_converter.exportable import ExportableModel
 
 
 def build(model: ExportableModel, source: OnnxModel, config: DeployConfig, *, workdir: Path) -> BackendArtifact:
@@ -25,8 +25,9 @@ def build(model: ExportableModel, source: OnnxModel, config: DeployConfig, *, wo
         config: the target.
         workdir: where the file goes.
     """
-    has_nms = isinstance(model.postprocess, DetectorFacts) and config.nms.where == "graph"
-    if isinstance(model.postprocess, DetectorFacts) and has_nms:
+    has_nms = isinstance(model.postprocess, BoxesFacts)
+    if isinstance(model.postprocess, DetectorFacts) and config.nms.where == "graph":
+        has_nms = True
         metadata = {"checkpoint": model.checkpoint[1], "model": model.name}
         source = attach_nms(source, model.postprocess, pre_top_k=config.nms.pre_top_k, workdir=workdir, metadata=metadata)
     target = workdir / "end2end.onnx"
