@@ -97,10 +97,10 @@ class Counted(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A model, what was counted (None if nothing can be), the figures out of bounds that no note explains, the notes."""
+    """A model, what was counted, the figures out of bounds that no note explains, the notes."""
 
     model: ZooModel
-    counted: Counted | None
+    counted: Counted
     outside: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -124,9 +124,20 @@ EXPLAINED_MULTIPLY_ADDS: Final[Mapping[str, Explained]] = {
         lambda value: round(value, 1),
     ),
 }
-UNCOUNTED: Final[Mapping[str, str]] = {
-    "rtmpose-s_aic-coco-pruned-256x192": "Not counted: what pruning left of each layer is known only from its checkpoint, and no blueprint has it.",
-}
+PRUNED: Final[Mapping[str, Mapping[str, int]]] = {
+    "rtmpose-s_aic-coco-pruned-256x192": {
+        "stem.0": 8, "stem.1": 9, "stem.2": 9,
+        "stage1.0": 32, "stage1.1.short_conv": 30, "stage1.1.main_conv": 29, "stage1.1.blocks.0.conv1": 24, "stage1.1.final_conv": 27,
+        "stage2.0": 62, "stage2.1.short_conv": 63, "stage2.1.main_conv": 64, "stage2.1.blocks.0.conv1": 56, "stage2.1.blocks.1.conv1": 62,
+        "stage2.1.final_conv": 65,
+        "stage3.0": 167, "stage3.1.short_conv": 127, "stage3.1.main_conv": 128, "stage3.1.blocks.0.conv1": 124, "stage3.1.blocks.1.conv1": 123,
+        "stage3.1.final_conv": 172,
+        "stage4.0": 337, "stage4.1.conv1": 256, "stage4.1.conv2": 379, "stage4.2.short_conv": 188, "stage4.2.main_conv": 227, "stage4.2.blocks.0.conv1": 238,
+        "stage4.2.blocks.0.conv2.pointwise_conv": 195, "stage4.2.final_conv": 163,
+    },
+}  # fmt: skip
+"""Channels that GroupFisher left, of MMPose 1.3 `projects/rtmpose/rtmpose/pruning/group_fisher_deploy_rtmpose-s_8xb256-420e_aic-coco-256x192.py`."""
+_PRUNED_NOTE: Final = "Counted on a network of the widths in MMPose's pruning config; `convert` takes them from the checkpoint."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -158,6 +169,8 @@ def architecture_of(model: ZooModel) -> Architecture:
 
 
 def count(model: ZooModel) -> Counted:
+    if model.name in PRUNED:
+        return _counted(functools.partial(RTMPose, _pruned_shapes(PRUNED[model.name])), model.input_hw)
     size = model.name.partition("_")[0].partition("-")[2]
     architecture = architecture_of(model)
     if architecture == "RTMDet":
@@ -183,14 +196,51 @@ def build(architecture: Architecture, size: str, outputs: int, input_hw: tuple[i
 @functools.cache
 def _count(architecture: Architecture, size: str, outputs: int, input_hw: tuple[int, int]) -> Counted:
     """Models that differ only in what they were trained on are one network, counted once."""
+    return _counted(functools.partial(build, architecture, size, outputs, input_hw), input_hw)
+
+
+def _counted(make: Callable[[], nn.Module], input_hw: tuple[int, int]) -> Counted:
     with torch.device("meta"):
-        network = build(architecture, size, outputs, input_hw).eval()
+        network = make().eval()
     added = _count_additions(network)
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         network(torch.empty(1, 3, *input_hw, device="meta"))
     # torch counts a multiplication and its addition as two.
     multiply_adds = counter.get_total_flops() // 2
     return Counted(sum(weight.numel() for weight in network.parameters()) / 1e6, multiply_adds / 1e9, (multiply_adds + sum(added)) / 1e9)
+
+
+def _pruned_shapes(widths: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """RTMPose-s with another width in every layer of the backbone."""
+    table = rtmpose_shapes(widen=0.5, deepen=0.33, keypoints=17, input_hw=(256, 192))
+
+    def narrowed(layer: str, channels: int, out: int) -> int:
+        """Give a convolution and its BatchNorm their widths; returns how many channels come out."""
+        prefix = f"backbone.{layer}"
+        kernel = table[f"{prefix}.conv.weight"][2:]
+        table[f"{prefix}.conv.weight"] = (out, channels, *kernel)
+        table.update({f"{prefix}.bn.{name}": (out,) for name in ("weight", "bias", "running_mean", "running_var")})
+        return out
+
+    x = 3
+    for layer in ("stem.0", "stem.1", "stem.2"):
+        x = narrowed(layer, x, widths[layer])
+    for stage in (1, 2, 3, 4):
+        x = narrowed(f"stage{stage}.0", x, widths[f"stage{stage}.0"])
+        if stage == 4:
+            x = narrowed("stage4.1.conv1", x, widths["stage4.1.conv1"])
+            x = narrowed("stage4.1.conv2", 4 * x, widths["stage4.1.conv2"])  # the input beside its three poolings
+        block = f"stage{stage}.{2 if stage == 4 else 1}"
+        main, short = (narrowed(f"{block}.{name}", x, widths[f"{block}.{name}"]) for name in ("main_conv", "short_conv"))
+        for inner in (name.removesuffix(".conv1") for name in widths if name.startswith(f"{block}.blocks.") and name.endswith(".conv1")):
+            middle = narrowed(f"{inner}.conv1", main, widths[f"{inner}.conv1"])
+            narrowed(f"{inner}.conv2.depthwise_conv", 1, middle)
+            main = narrowed(f"{inner}.conv2.pointwise_conv", middle, widths.get(f"{inner}.conv2.pointwise_conv", main))
+        table[f"backbone.{block}.attention.fc.weight"] = (main + short, main + short, 1, 1)
+        table[f"backbone.{block}.attention.fc.bias"] = (main + short,)
+        x = narrowed(f"{block}.final_conv", main + short, widths[f"{block}.final_conv"])
+    table["head.final_layer.weight"] = (17, x, 7, 7)
+    return table
 
 
 def _count_additions(network: nn.Module) -> list[int]:
@@ -220,11 +270,9 @@ def _count_additions(network: nn.Module) -> list[int]:
 
 
 def judge(model: ZooModel) -> Row:
-    if model.name in UNCOUNTED:
-        return Row(model, None, (), (UNCOUNTED[model.name],))
     counted = count(model)
     outside: list[str] = []
-    notes: list[str] = []
+    notes = [_PRUNED_NOTE] if model.name in PRUNED else []
     for what, ours, published, is_near, explanations in (
         ("M parameters", counted.parameters_m, model.parameters_m, _is_same_in_two_decimals, EXPLAINED_PARAMETERS),
         ("G multiply-adds", counted.multiply_adds_g, model.flops_g, _is_within_tolerance, EXPLAINED_MULTIPLY_ADDS),
@@ -253,7 +301,7 @@ def page(rows: Sequence[Row]) -> str:
         for title, (architecture, keypoints) in FAMILIES.items()
     }
     notes = list(dict.fromkeys(note for members in families.values() for row in members for note in row.notes))
-    pairs = [(row.counted.like_mmengine_g, row.model.flops_g) for row in rows if row.counted is not None and row.model.flops_g is not None]
+    pairs = [(row.counted.like_mmengine_g, row.model.flops_g) for row in rows if row.model.flops_g is not None]
     rest = [abs(ours / published - 1) for ours, published in pairs if not _has_digits_of(ours, published)]
     intro = INTRO.format(command=COMMAND, tolerance=100 * TOLERANCE, equal=len(pairs) - len(rest), published=len(pairs), rest=100 * max(rest, default=0.0))
     tables = [f"## {title}\n\n{_table(members, notes)}" for title, members in families.items()]
@@ -276,9 +324,9 @@ def _cells(row: Row, notes: Sequence[str]) -> list[str]:
     model, counted = row.model, row.counted
     name = " or ".join(f"`{name}`" for name in (model.name, *model.aliases))
     marks = [f"({notes.index(note) + 1})" for note in row.notes] + ["**outside**"] * bool(row.outside)
-    parameters, multiply_adds, like_mmengine = ("-", "-", "-") if counted is None else (f"{value:.3f}" for value in counted)
-    more_parameters = round(counted.parameters_m, 2) - model.parameters_m if counted and model.parameters_m else None
-    more_multiply_adds = 100 * (counted.multiply_adds_g / model.flops_g - 1) if counted and model.flops_g else None
+    parameters, multiply_adds, like_mmengine = (f"{value:.3f}" for value in counted)
+    more_parameters = round(counted.parameters_m, 2) - model.parameters_m if model.parameters_m else None
+    more_multiply_adds = 100 * (counted.multiply_adds_g / model.flops_g - 1) if model.flops_g else None
     return [
         " ".join([name, *marks]), "x".join(str(side) for side in model.input_hw),
         parameters, _published(model.parameters_m), _signed(more_parameters, ".2f"),

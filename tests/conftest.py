@@ -19,7 +19,7 @@ from modelcrate_converter.people import procedural_scenes
 SHARED = Path(__file__).parents[2] / "shared"
 """Real checkpoints, bundles and photos beside the checkout; the project builds and passes its tests without them."""
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the tests run in as many processes as there are cores: threads of both would spin against each other
 
 
 @pytest.fixture(scope="session")

@@ -91,6 +91,9 @@ def read_architecture(checkpoint: Checkpoint, *, model_config: Path | None = Non
         sources.configs.append(("the zoo", {"test_dataloader": {"dataset": {"type": keypoints}}}))
     state = {key: value for key, value in checkpoint.state_dict.items() if not key.startswith(_IGNORED_PREFIXES)}
     shapes = {key: tuple(value.shape) for key, value in state.items()}
+    empty = [key for key, shape in shapes.items() if 0 in shape]
+    if empty:
+        raise ArchitectureError(f"{checkpoint.path}: {empty[0]}: expected weights, found shape {shapes[empty[0]]}", hint="is the checkpoint whole?")
     if "head.cls_x.weight" in shapes and "head.gau.uv.weight" in shapes:
         build = _rtmpose
     elif "head.final_layer.weight" in shapes and "backbone.stem.0.conv.weight" in shapes and "head.cls_x.weight" not in shapes:
@@ -331,8 +334,8 @@ def _rtmdet(
     is_separable = "bbox_head.cls_convs.0.0.depthwise_conv.conv.weight" in shapes
     share_conv = not is_separable and all(torch.equal(state[f"bbox_head.{stack}.{level}.0.conv.weight"], state[f"bbox_head.{stack}.0.0.conv.weight"])
                                           for stack in ("cls_convs", "reg_convs") for level in (1, 2))  # fmt: skip
-    # Upstream's configs exponentiate from m (192 channels) up; tiny, s and nano do not.
-    exp_default = not is_separable and shapes["bbox_head.rtm_reg.0.weight"][1] >= 192
+    # Upstream's configs exponentiate from m (4 blocks in the second stage) up; tiny, s and nano do not. Pruning changes widths, never depths.
+    exp_default = not is_separable and "backbone.stage2.1.blocks.3.conv1.conv.weight" in shapes
     exp_on_reg = sources.fact("exp_on_reg", lambda config: at(config, "model.bbox_head.exp_on_reg"), FLAG, default=exp_default)
     sources.must_match("classes", lambda config: at(config, "model.bbox_head.num_classes"), weights=classes)
     strides = numbers(rtmdet.STRIDES)
@@ -384,9 +387,10 @@ def _rtmdet(
 
 
 def _size_name(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """The published size with this many channels in the last stage, or the channels themselves."""
+    """The published size of these stages, or the channels of the last one: a pruned network may have as many there as another size."""
     channels = shapes["backbone.stage4.2.final_conv.conv.weight"][0]
-    return _SIZES.get(channels, f"c{channels}")
+    is_regular = all(shapes[f"backbone.stage{i}.1.final_conv.conv.weight"][0] << (4 - i) == channels for i in (1, 2, 3))
+    return _SIZES[channels] if is_regular and channels in _SIZES else f"c{channels}"
 
 
 def _class_names(sources: Sources, *, default: list[str]) -> list[str]:

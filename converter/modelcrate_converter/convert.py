@@ -131,7 +131,8 @@ def convert(
         bundle_id = f"{model.name}_{config.target}"
         if taken and bundle_id in taken:
             raise ConfigError(
-                f"{bundle_id}: expected one checkpoint for it, found {taken[bundle_id]} and {checkpoint_path or model.checkpoint[0]}", hint="convert them one by one with --name"
+                f"{bundle_id}: expected one checkpoint for it, found {taken[bundle_id]} and {checkpoint_path or model.checkpoint[0]}",
+                hint="convert them one by one with --name",
             )
     keys = {config.target: _build_key(model, config, options, images) for config in configs}
     results: dict[str, Conversion] = {}

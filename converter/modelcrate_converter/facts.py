@@ -72,14 +72,14 @@ class Sources:
         taken = {}
         if isinstance(text, str):
             try:
-                configs.append(("the checkpoint's config", read_config_text(text, source=f"{checkpoint.path}: embedded config").values))
+                configs.append(("the checkpoint's config", _unwrapped(read_config_text(text, source=f"{checkpoint.path}: embedded config").values)))
             except ConfigError as error:
                 taken["embedded config"] = f"not readable, ignored: {error}"
         if model_config is not None:
             given: ModelConfig = read_config_file(model_config)
             if given.missing_bases:
                 taken["--model-config"] = f"bases that are not there: {', '.join(given.missing_bases)}"
-            configs.append((f"--model-config {model_config.name}", given.values))
+            configs.append((f"--model-config {model_config.name}", _unwrapped(given.values)))
         meta = checkpoint.meta.get("dataset_meta")
         return cls(configs=configs, dataset_meta=meta if isinstance(meta, Mapping) else {}, taken=taken)
 
@@ -126,6 +126,15 @@ class Sources:
                     f"{name}: the weights say {shown(weights)}, {who} says {shown(value)}: expected them to agree",
                     hint="give the config that this checkpoint was trained with",
                 )
+
+
+def _unwrapped(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A config with the network's own dict as its `model`: MMRazor has it one level deeper to deploy it, and two to fine-tune it."""
+    for path in ("model.algorithm.architecture", "model.architecture"):
+        network = at(config, path)
+        if isinstance(network, Mapping):
+            return {**config, "model": network}
+    return config
 
 
 def _agree(a: Any, b: Any) -> bool:

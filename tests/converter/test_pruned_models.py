@@ -6,7 +6,7 @@ computes what the full network computes with that channel at 0: the full network
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from modelcrate_bundle.bundle import Bundle
-from modelcrate_bundle.errors import ArchitectureError
+from modelcrate_bundle.errors import ArchitectureError, ConfigError
 from modelcrate_converter.architecture import read_architecture
 from modelcrate_converter.checkpoint import read_checkpoint
 from modelcrate_converter.config import load_config
@@ -312,15 +312,6 @@ def one_line(error: ArchitectureError) -> str:
 # ------------------------------------------------------------------------------------------------------------------- tests
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Hundreds of small networks: on a machine that is busy, two threads wait for each other longer than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("family", ["rtmpose-s", "heatmap-t", "classifier-t", "rtmdet-tiny", "rtmdet-nano"])
 def test_a_pruned_network_computes_what_the_masked_network_computes(family: str, seed: int, tmp_path: Path) -> None:
@@ -461,6 +452,54 @@ def test_one_tensor_that_is_cut_in_another_way_is_refused(family: str, parts: tu
                 else:
                     accepted.append((key, axis))
     assert not accepted
+
+
+def test_a_pruned_detector_that_exponentiates_still_does(tmp_path: Path) -> None:
+    """RTMDet-m is told from s by its depth: pruning has changed its widths."""
+    weights = {key: torch.zeros(shape) for key, shape in rtmdet_shapes(widen=0.125, deepen=0.67, classes=1, separable=False).items()}
+    model = read_architecture(read_checkpoint(saved(tmp_path / "m.pth", weights, cfg=SMALL_IMAGES)))
+    assert model.module.bbox_head.exp_on_reg is True
+    assert model.name == "rtmdet-c128"
+
+
+def test_what_mmrazor_says_of_the_network_is_read(tmp_path: Path) -> None:
+    model = read_architecture(read_checkpoint(saved(tmp_path / "pruned.pth", published(1), cfg=PUBLISHED_CFG.replace("123.675", "100.0"))))
+    assert model.normalization.mean == (100.0, 116.28, 103.53)
+    assert model.facts["mean"] == "the checkpoint's config"
+    with pytest.raises(ConfigError, match="use_dark"):
+        read_architecture(read_checkpoint(saved(tmp_path / "dark.pth", published(1), cfg=PUBLISHED_CFG.replace("use_dark=False", "use_dark=True"))))
+
+
+@pytest.mark.parametrize(
+    ("key", "axis", "left"),
+    [
+        ("backbone.stage1.1.main_conv.conv.weight", 0, 1),
+        ("backbone.stage1.1.blocks.0.conv2.pointwise_conv.conv.weight", 0, 1),
+        ("backbone.stage1.1.attention.fc.weight", 0, 1),
+        ("head.gau.uv.weight", 1, 0),
+        ("head.mlp.1.weight", 0, 0),
+    ],
+)
+def test_what_would_broadcast_or_vanish_is_refused(key: str, axis: int, left: int, tmp_path: Path) -> None:
+    full = FAMILIES["little-pose"]
+    weights, _ = full.weights_and_groups(6)
+    weights[key] = weights[key].narrow(axis, 0, left)
+    layer = key.removesuffix("conv.weight")
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        if f"{layer}bn.{name}" in weights:
+            weights[f"{layer}bn.{name}"] = weights[f"{layer}bn.{name}"][:left]
+    if "fc" in key:
+        weights["backbone.stage1.1.attention.fc.bias"] = weights["backbone.stage1.1.attention.fc.bias"][:left]
+    with pytest.raises(ArchitectureError) as caught:
+        read_architecture(read_checkpoint(saved(tmp_path / "pruned.pth", weights, cfg=full.cfg)))
+    one_line(caught.value)
+
+
+def test_a_width_of_another_size_in_the_last_stage_is_not_that_size(tmp_path: Path) -> None:
+    weights, groups = FAMILIES["rtmpose-s"].weights_and_groups(8)
+    widths = {group.name: group.width - (0 if group.name.startswith("backbone.stage4") else 1) for group in groups}
+    model = read_architecture(read_checkpoint(saved(tmp_path / "pruned.pth", prune(weights, groups, choose_widths(groups, widths, seed=8)))))
+    assert model.name == "rtmpose-c512"
 
 
 def test_full_weights_beside_masks_are_not_taken_for_a_pruned_network(tmp_path: Path) -> None:

@@ -84,9 +84,8 @@ def test_explanations_are_needed_and_hold_only_for_their_figures(script: SimpleN
             assert script.judge(msgspec.structs.replace(model, **{figure: getattr(model, figure) * 1.3})).outside
 
 
-def test_what_cannot_be_counted_says_so(script: SimpleNamespace) -> None:
+def test_the_pruned_model_is_counted_in_the_widths_that_pruning_left(script: SimpleNamespace) -> None:
     row = script.judge(get_model("rtmpose-s-aic-coco-pruned"))
-    assert row.counted is None
-    assert "only from its checkpoint" in row.notes[0]
-    (line,) = [line for line in PAGE.splitlines() if "pruned" in line and line.startswith("|")]
-    assert line.endswith("| 256x192 | - | 3.43 | - | - | - | 0.35 | - |")
+    assert not row.outside
+    assert round(row.counted.parameters_m, 2) == 3.43
+    assert "pruning config" in row.notes[0]

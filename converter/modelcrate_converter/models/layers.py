@@ -138,6 +138,7 @@ class ChannelAttention(nn.Module):
     def __init__(self, shapes: Shapes) -> None:
         super().__init__()
         out, channels, _, _ = shapes["fc.weight"]
+        shapes.expect("fc.weight", (channels, channels, 1, 1))  # one gate would broadcast
         self.global_avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Conv2d(channels, out, 1)
         self.act = nn.Hardsigmoid()
@@ -156,6 +157,8 @@ class CSPLayer(nn.Module):
         self.short_conv = ConvModule(shapes / "short_conv")
         self.final_conv = ConvModule(shapes / "final_conv")
         blocks = shapes / "blocks"
+        for i in blocks.indices() if add_identity else ():  # one channel would broadcast
+            blocks.expect(f"{i}.conv2.pointwise_conv.bn.weight", shapes["main_conv.bn.weight"])
         self.blocks = nn.Sequential(*(CSPNeXtBlock(blocks / i, add_identity=add_identity) for i in blocks.indices()))
         self.attention = ChannelAttention(shapes / "attention") if attention else None
 
