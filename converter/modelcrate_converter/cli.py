@@ -285,13 +285,13 @@ def _convert_all(
                 errors.print(path.name if path is not None else str(options.builder), style="bold")
                 made = convert_one(path, configs, chosen, progress.show, taken=owners)
         except ModelcrateError as error:
-            failures.append((text, error))
+            failures.append((text or str(options.builder), error))
             if len(checkpoints) > 1:
                 _print_failure(errors, error)
             continue
         for conversion in made:
             owners.setdefault(conversion.id, text)
-            conversions.append((text, conversion))
+            conversions.append((text or str(options.builder), conversion))
             if not as_json:
                 _print_conversion(out, conversion)
             if conversion.error is not None and len(checkpoints) * len(configs) > 1:

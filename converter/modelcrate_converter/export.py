@@ -6,6 +6,8 @@ import contextlib
 import hashlib
 import io
 import logging
+import os
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -169,13 +171,19 @@ def _element_type(dtype: str) -> int:
 
 @contextlib.contextmanager
 def _silenced() -> Iterator[None]:
-    """The exporters announce their deprecation and their progress on every channel there is."""
+    """The exporters announce their deprecation, their progress and the graph that they fail on, on every channel there is, C++'s among them."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
+    sys.stdout.flush()
+    kept = os.dup(1)
+    with open(os.devnull, "wb") as nowhere:  # noqa: PTH123  # a device, not a path
+        os.dup2(nowhere.fileno(), 1)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
+        os.dup2(kept, 1)
+        os.close(kept)
         logger.setLevel(level)

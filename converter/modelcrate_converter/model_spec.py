@@ -86,7 +86,7 @@ class ClassifierSpec(ModelSpec, frozen=True, kw_only=True, forbid_unknown_fields
 
     resize: ResizeSpec = ResizeSpec()
     class_names: tuple[str, ...] | None = None
-    class_names_file: Path | None = None
+    class_names_file: str | None = None
     topk: Positive = 5
     softmax: bool = False
 
@@ -96,7 +96,7 @@ class DetectorSpec(ModelSpec, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     resize: ResizeSpec = ResizeSpec()
     class_names: tuple[str, ...] | None = None
-    class_names_file: Path | None = None
+    class_names_file: str | None = None
     score_thr: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.05
 
 

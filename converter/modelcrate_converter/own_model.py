@@ -114,7 +114,7 @@ def read_own_model(spec_path: Path, *, path: Path | None, builder: str | None, n
     given = TensorSpec(name=spec.input.name, dtype="float32", shape=(batch, channels, *size_hw))
     outputs = _tried(flat, given, names=spec.outputs, where=spec_path)
     return _exportable(
-        spec, where=spec_path, module=flat, given=given, outputs=outputs, name=name or spec.name or _plain_name(builder.rpartition(":")[2] if builder else origin),
+        spec, where=spec_path, module=flat, given=given, outputs=outputs, name=name or spec.name or _plain_name(_name_of(builder) if builder else origin),
         reference="PyTorch", checkpoint=(path.name if path is not None else builder or "", digest or _weights_hash(module)), is_code=builder is not None, origin=origin,
     )  # fmt: skip
 
@@ -453,6 +453,12 @@ def _classes(spec: ClassifierSpec | DetectorSpec, *, count: Dim | None, where: P
     if names and len(names) != count:
         raise ConfigError(f"{where}: class_names: expected {count} names, found {len(names)}")
     return names or defaults.numbered_classes(count)
+
+
+def _name_of(builder: str) -> str:
+    """The class that makes it, or the module that the function stands in."""
+    module, _, attribute = builder.partition(":")
+    return attribute if attribute[:1].isupper() else module.rpartition(".")[2]
 
 
 def _plain_name(text: str) -> str:

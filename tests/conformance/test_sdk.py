@@ -209,6 +209,63 @@ def test_whole_body_bundle_of_ours(tmp_path: Path) -> None:
     check_all(jobs, tmp_path)
 
 
+OWN_NETWORKS = """
+import torch
+from torch import nn
+
+torch.manual_seed(0)
+
+
+class Logits(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 12, 5, 4), nn.ReLU(), nn.AvgPool2d(10), nn.Flatten(), nn.Linear(108, 7))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+class Points(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 12, 5, 4), nn.ReLU(), nn.AvgPool2d(10), nn.Flatten(), nn.Linear(108, 10))
+
+    def forward(self, x):
+        return self.layers(x).sigmoid().view(-1, 5, 2)
+
+
+class Boxes(nn.Module):
+    # Boxes whose places and scores follow the image's colours: as many as there are cells.
+    def forward(self, x):
+        cells = nn.functional.avg_pool2d(x, 16).sigmoid().flatten(2).transpose(1, 2)
+        corners = cells[..., :2] * 100
+        boxes = torch.cat((corners, corners + 20 + cells[..., 1:] * 60, cells[..., :1]), dim=2)
+        return boxes, (cells.argmax(dim=2) % 3).to(torch.int64)
+"""
+NORMALIZED = "[input]\nsize_hw = [128, 128]\nmean = [100.0, 110.0, 120.0]\nstd = [50.0, 55.0, 60.0]\n"
+OWN = {
+    "Logits": ("Classifier", f'task = "Classifier"\nsoftmax = true\n{NORMALIZED}[resize]\nmode = "stretch"\n'),
+    "Points": ("PoseDetector", f'task = "PoseDetector"\nhead = "regression"\n{NORMALIZED}'),
+    "Boxes": ("Detector", f'task = "Detector"\noutputs = ["dets", "labels"]\nscore_thr = 0.4\n{NORMALIZED}[resize]\nmode = "letterbox"\npad_value = 114\n'),
+}
+
+
+@pytest.mark.parametrize("network", OWN)
+def test_bundle_of_somebodys_own_model(network: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, spec = OWN[network]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_networks_of_the_sdk.py").write_text(OWN_NETWORKS)
+    (tmp_path / "spec.toml").write_text(spec)
+    options = ConvertOptions(out=tmp_path / "crates", spec=tmp_path / "spec.toml", builder=f"own_networks_of_the_sdk:{network}")
+    (conversion,) = convert(None, [load_config("onnxruntime")], options)
+    assert conversion.status == "built", conversion.error
+    jobs = []
+    for i, (name, image, _) in enumerate([*procedural_scenes(2), *procedural_scenes(1, size_hw=(333, 517))]):
+        boxes = loose_boxes(image, 5, seed=i) if task == "PoseDetector" else None
+        jobs.append(Job(task, conversion.place, image, boxes, name=f"{network} on {name}"))
+    check_all(jobs, tmp_path)
+
+
 def test_real_checkpoints_and_mmdeploys_bundles(shared: Path, tmp_path: Path) -> None:
     fixtures = shared / "fixtures"
     crates = []
