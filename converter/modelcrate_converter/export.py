@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
@@ -87,7 +87,7 @@ def export_onnx(model: ExportableModel, options: OnnxOptions, *, workdir: Path) 
                     dynamic_shapes=({0: torch.export.Dim("batch", min=1)},) if is_dynamic else None, external_data=False, verbose=False,
                 )  # fmt: skip
             else:
-                network = model.module
+                network: Any = model.module
                 if any(isinstance(part, torch.jit.ScriptModule) for part in network.modules()):
                     # The exporter's own tracer refuses TorchScript inside a module; this one takes it.
                     network = torch.jit.trace(network, (sample,), check_trace=False)  # type: ignore[no-untyped-call]

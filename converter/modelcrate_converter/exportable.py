@@ -10,14 +10,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 
-from modelcrate_bundle.errors import ArchitectureError, ExportError
+from modelcrate_bundle.errors import ArchitectureError, BundleError, ExportError
 from modelcrate_bundle.manifest import KeypointInfo
 from modelcrate_bundle.tensors import TensorSpec
+from modelcrate_runtime.sessions import Session, SessionOptions, open_artefact
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -180,25 +181,17 @@ class OnnxNetwork(nn.Module):
         self.outputs = outputs
 
     @functools.cached_property
-    def _session(self) -> Any:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.log_severity_level = 4  # what it says comes as an exception too
+    def _session(self) -> Session:
         try:
-            return onnxruntime.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # a C++ library behind a binding
-            raise ExportError(
-                f"{self.path}: expected a graph that ONNX Runtime {onnxruntime.__version__} runs, found: {' '.join(str(error).split())[:300]}",
-                hint="it must have standard operators only, and their opset must not be newer than ONNX Runtime",
-            ) from error
+            return open_artefact("onnxruntime", {"net": self.path}, SessionOptions(optimize=False), where=str(self.path))
+        except BundleError as error:  # it is not in a bundle yet
+            raise ExportError(str(error), hint="it must have standard operators only, of an opset that the installed ONNX Runtime knows") from error
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(N, C, H, W) float32 -> the outputs."""
         session = self._session
-        values = session.run(list(self.outputs), {session.get_inputs()[0].name: x.numpy()})
-        return tuple(torch.from_numpy(value) for value in values)
+        values = session.run({session.inputs[0].name: x.numpy()})
+        return tuple(torch.from_numpy(values[name]) for name in self.outputs)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 
-from modelcrate_bundle.errors import InputError
+from modelcrate_bundle.errors import BundleError, ExportError, InputError
 from modelcrate_bundle.manifest import OutputParity, ParityRecord, PixelParity
 from modelcrate_converter.describe import describe_pipeline
 from modelcrate_converter.exportable import BoxesFacts, DetectorFacts, HeatmapFacts, RegressionFacts
@@ -81,8 +81,16 @@ def check_parity(model: ExportableModel, artifact: BackendArtifact, canonical: O
         canonical: the raw graph behind it: a detector's raw outputs are compared there when the artefact only gives suppressed ones.
         images: what to compare on.
         gates: the limits.
+
+    Raises:
+        ExportError: the framework cannot load the artefact.
     """
-    session = open_artefact(artifact.backend, artifact.files, SessionOptions(), where=f"{model.name} for {artifact.backend}")
+    try:
+        session = open_artefact(artifact.backend, artifact.files, SessionOptions(), where=f"{model.name} for {artifact.backend}")
+    except BundleError as error:  # it is not in a bundle yet
+        raise ExportError(
+            f"{model.name}: expected an artefact that {artifact.backend} loads, found: {str(error).rpartition('found: ')[2]}", hint="run again with --no-simplify"
+        ) from error
     try:
         with np.errstate(all="ignore"):  # a network that overflows is said by its figures
             if model.task == "PoseDetector":

@@ -132,7 +132,7 @@ class Preprocessor:
         if resampling is not None and resampling not in KERNELS:
             raise UnsupportedBundleError(f"{where}: resampling: expected {' or '.join(KERNELS)} or none, found {resampling!r}")
         self._geometry: Geometry = geometry
-        self._pillow = KERNELS.get(resampling or "") if geometry == "exact" else None
+        self._pillow: Kernel | None = KERNELS.get(resampling or "") if geometry == "exact" else None
         self._where = where
         self._load = LoadImageFromFile()
         self._normalize = pipeline.transform(Normalize)

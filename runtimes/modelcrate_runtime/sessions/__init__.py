@@ -40,6 +40,7 @@ class SessionOptions:
         threads: threads inside one operator; None is one for each core that this process may use.
         providers: ONNX Runtime's execution providers by name, to use exactly these; None follows `device`.
         streams: calls that may run side by side, see `Session.run_beside`; None is what suits the backend, 1 is never more than one.
+        optimize: whether the framework may rewrite the graph; without it a graph is run as it stands, slowly, to compare with.
     """
 
     device: str = "cpu"
@@ -47,6 +48,7 @@ class SessionOptions:
     threads: int | None = None
     providers: tuple[str, ...] | None = None
     streams: int | None = None
+    optimize: bool = True
 
 
 class Session(Protocol):

@@ -83,6 +83,7 @@ class OnnxRuntimeSession:
         self._path = path
         self._file = _identity(path)
         self._chosen: list[Any] = [(name, {"device_id": str(options.device_id)}) if name.startswith("CUDA") else name for name in wanted]
+        self._optimize = options.optimize
         self._session: Any = self._load(threads=self.threads)
         self.providers = tuple(self._session.get_providers())
         if self.providers[0] != wanted[0]:
@@ -104,6 +105,8 @@ class OnnxRuntimeSession:
         settings.intra_op_num_threads = threads
         settings.inter_op_num_threads = 1
         settings.log_severity_level = 3
+        if not self._optimize:
+            settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         # Between calls the cores belong to preprocessing and to other networks, not to threads that spin in wait for the next call.
         settings.add_session_config_entry("session.force_spinning_stop", "1")
         try:
