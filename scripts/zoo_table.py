@@ -171,26 +171,42 @@ def architecture_of(model: ZooModel) -> Architecture:
 def count(model: ZooModel) -> Counted:
     if model.name in PRUNED:
         return _counted(functools.partial(RTMPose, _pruned_shapes(PRUNED[model.name])), model.input_hw)
+    return _count(*_network(model))
+
+
+def shapes_of(model: ZooModel) -> dict[str, tuple[int, ...]]:
+    """The state dict of a model's network."""
+    return _pruned_shapes(PRUNED[model.name]) if model.name in PRUNED else _shapes(*_network(model))
+
+
+def _network(model: ZooModel) -> tuple[Architecture, str, int, tuple[int, int]]:
+    """Architecture, size, outputs and input size: what a network is, whatever it was trained on."""
     size = model.name.partition("_")[0].partition("-")[2]
     architecture = architecture_of(model)
     if architecture == "RTMDet":
         outputs = 80 if "_coco-" in model.name else 1
     else:
         outputs = 1000 if architecture == "classifier" else len(published_keypoints(model.keypoints).names)
-    return _count(architecture, size, outputs, model.input_hw)
+    return architecture, size, outputs, model.input_hw
+
+
+def _shapes(architecture: Architecture, size: str, outputs: int, input_hw: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    widen, deepen = SIZES[size]
+    if architecture == "RTMDet":
+        return rtmdet_shapes(widen=widen, deepen=deepen, classes=outputs, separable=size == "nano")
+    if architecture == "RTMPose":
+        return rtmpose_shapes(widen=widen, deepen=deepen, keypoints=outputs, input_hw=input_hw)
+    if architecture == "heatmaps":
+        return heatmap_shapes(widen=widen, deepen=deepen, keypoints=outputs)
+    return classifier_shapes(widen=widen, deepen=deepen, classes=outputs)
 
 
 def build(architecture: Architecture, size: str, outputs: int, input_hw: tuple[int, int]) -> nn.Module:
-    widen, deepen = SIZES[size]
+    table = _shapes(architecture, size, outputs, input_hw)
     if architecture == "RTMDet":
-        is_nano = size == "nano"
         # Whether distances are exponentiated adds no multiplication.
-        return RTMDet(rtmdet_shapes(widen=widen, deepen=deepen, classes=outputs, separable=is_nano), share_conv=not is_nano, exp_on_reg=False)
-    if architecture == "RTMPose":
-        return RTMPose(rtmpose_shapes(widen=widen, deepen=deepen, keypoints=outputs, input_hw=input_hw))
-    if architecture == "heatmaps":
-        return HeatmapPose(heatmap_shapes(widen=widen, deepen=deepen, keypoints=outputs))
-    return ImageClassifier(classifier_shapes(widen=widen, deepen=deepen, classes=outputs))
+        return RTMDet(table, share_conv=size != "nano", exp_on_reg=False)
+    return {"RTMPose": RTMPose, "heatmaps": HeatmapPose, "classifier": ImageClassifier}[architecture](table)
 
 
 @functools.cache

@@ -43,8 +43,12 @@ class Gates(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
 
     relative_linf: Gate = 1e-4
     class_logits_linf: Gate = 1e-3
+    distances_linf: Gate = 1e-4
     keypoint_px: Gate = 0.05
+    keypoint_mean_px: Gate | None = None
     box_px: Gate = 0.05
+    box_mean_px: Gate | None = None
+    box_score: Gate = 0.0
     score: Gate = 1e-3
     label_flips: Annotated[int, msgspec.Meta(ge=0)] = 0
 
@@ -93,7 +97,7 @@ class DeployConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fie
 
     target: str
     backend: str
-    precision: Literal["fp32"]
+    precision: Literal["fp32", "fp16", "bf16", "int8"]
     batch: Batch = Batch()
     onnx: OnnxOptions = OnnxOptions()
     nms: NmsOptions = NmsOptions()

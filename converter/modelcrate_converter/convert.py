@@ -224,7 +224,7 @@ def _build_bundle(
         record = ParityRecord(verified=False)
         if options.verify:
             with clock.stage("check parity") as detail:
-                record = check_parity(model, artifact, canonical, images, config.gates)
+                record = check_parity(model, artifact, images, config.gates)
                 detail.append(f"{record.samples} inputs from {len(record.images)} images")
         conversion.parity = record
         if options.verify and not record.passed:
@@ -242,7 +242,7 @@ def _build_bundle(
             writer.add("README.md", role="readme", content=_render_readme(manifest, pictures))
             conversion.bundle = writer.commit(
                 deploy=describe_deploy(model, artifact, config),
-                pipeline=describe_pipeline(model, has_nms=artifact.has_nms),
+                pipeline=describe_pipeline(model, has_nms=artifact.has_nms, is_batched=artifact.inputs[0].is_batch_dynamic),
                 detail=describe_detail(model, artifact, opset=canonical.opset),
                 manifest=manifest,
             )
@@ -253,10 +253,10 @@ def _build_bundle(
 def _describe_manifest(
     model: ExportableModel, artifact: BackendArtifact, config: DeployConfig, record: ParityRecord, build_key: str, clock: StageClock, *, target_id: str
 ) -> Manifest:
-    fixed = tuple(dim for dim in model.input.shape[1:] if isinstance(dim, int))
-    batch = config.batch
-    least, best, most = (model.fixed_batch or number for number in (batch.min, batch.opt, batch.max))
-    limits = ShapeRange(min=(least, *fixed), opt=(best, *fixed), max=(most, *fixed))
+    first, *fixed = artifact.inputs[0].shape
+    least, best, most = (first if isinstance(first, int) else number for number in (config.batch.min, config.batch.opt, config.batch.max))
+    sides = tuple(dim for dim in fixed if isinstance(dim, int))
+    limits = ShapeRange(min=(least, *sides), opt=(best, *sides), max=(most, *sides))
     return Manifest(
         id=target_id,
         model=model.name,
@@ -314,7 +314,9 @@ def _artifact_result(model: ExportableModel, artifact: BackendArtifact, image: N
     if model.task == "Classifier":  # how it resizes stands in the manifest, which is written last
         return classify(model, artifact, image)
     deploy = describe_deploy(model, artifact, DeployConfig(target="", backend=artifact.backend, precision="fp32"))
-    bundle = Bundle.of_files(deploy=deploy, pipeline=describe_pipeline(model, has_nms=artifact.has_nms), files=artifact.files)
+    bundle = Bundle.of_files(
+        deploy=deploy, pipeline=describe_pipeline(model, has_nms=artifact.has_nms, is_batched=artifact.inputs[0].is_batch_dynamic), files=artifact.files
+    )
     if model.task == "Detector":
         with Detector(bundle, geometry="exact", verify=False) as detector:
             return detector.detect(image)

@@ -47,7 +47,7 @@ FORMAT_VERSION: Final = "1.3.1"
 """The MMDeploy release whose format is written; its SDK wants the key and ignores the value."""
 _BOX_META: Final = ["ori_shape", "img_shape", "pad_shape", "scale_factor", "img_norm_cfg"]
 _IMAGE_META: Final = ["filename", "ori_filename", "ori_shape", "img_shape", "flip", "flip_direction", "img_norm_cfg"]
-TOOLS: Final = ("modelcrate", "torch", "onnx", "onnxsim", "onnxruntime", "numpy", "opencv-python-headless")
+TOOLS: Final = ("modelcrate", "torch", "onnx", "onnxsim", "onnxruntime", "openvino", "ncnn", "pnnx", "numpy", "opencv-python-headless")
 
 
 _CODEBASES: Final = {
@@ -69,12 +69,13 @@ def tool_versions() -> dict[str, str]:
     return versions
 
 
-def describe_pipeline(model: ExportableModel, *, has_nms: bool) -> Pipeline:
+def describe_pipeline(model: ExportableModel, *, has_nms: bool, is_batched: bool = True) -> Pipeline:
     """pipeline.json.
 
     Args:
         model: what is being converted.
         has_nms: whether the artefact suppresses detections itself.
+        is_batched: whether it takes any number of inputs at once.
     """
     facts = model.postprocess
     if isinstance(facts, DetectorFacts):
@@ -93,9 +94,7 @@ def describe_pipeline(model: ExportableModel, *, has_nms: bool) -> Pipeline:
         input=["img"],
         output=["post_output"],
         preprocess=TransformTask(input=["img"], output=["prep_output"], transforms=_transforms(model)),
-        net=NetTask(
-            name=model.sdk_name, is_batched=model.fixed_batch is None, input=["prep_output"], output=["infer_output"], input_map={"img": model.input.name}
-        ),
+        net=NetTask(name=model.sdk_name, is_batched=is_batched, input=["prep_output"], output=["infer_output"], input_map={"img": model.input.name}),
         postprocess=PostprocessTask(module=module, component=component, params=params, output=["post_output"], input=seen),
     )
 
@@ -161,6 +160,7 @@ def _keypoint_decoding(facts: PoseFacts | HeatmapFacts | RegressionFacts, *, siz
 
 def describe_deploy(model: ExportableModel, artifact: BackendArtifact, config: DeployConfig) -> DeployInfo:
     """deploy.json. `batch_size` above 1 is what makes MMDeploy's SDK batch at all."""
+    first = artifact.inputs[0].shape[0]
     return DeployInfo(
         version=FORMAT_VERSION,
         task=model.task,
@@ -171,7 +171,7 @@ def describe_deploy(model: ExportableModel, artifact: BackendArtifact, config: D
                 weights=artifact.files["weights"].name if "weights" in artifact.files else "",
                 backend=artifact.backend,
                 precision=artifact.precision.upper(),
-                batch_size=model.fixed_batch or config.batch.opt,
+                batch_size=config.batch.opt if isinstance(first, str) else first,
                 dynamic_shape=artifact.inputs[0].is_batch_dynamic,
             )
         ],

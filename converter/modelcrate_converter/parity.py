@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     from modelcrate_converter.builders import BackendArtifact
     from modelcrate_converter.config import Gates
-    from modelcrate_converter.export import OnnxModel
     from modelcrate_converter.exportable import ExportableModel
     from modelcrate_runtime.geometry import Crop
     from modelcrate_runtime.results import Classification, Detections, Poses
@@ -72,13 +71,12 @@ def _with_loose_box(name: str, image: NDArray[np.uint8], box: NDArray[np.float32
     return ParityImage(name=name, image=image, boxes_xyxy=np.stack([box, loose]).astype(np.float32))
 
 
-def check_parity(model: ExportableModel, artifact: BackendArtifact, canonical: OnnxModel, images: Sequence[ParityImage], gates: Gates) -> ParityRecord:
+def check_parity(model: ExportableModel, artifact: BackendArtifact, images: Sequence[ParityImage], gates: Gates) -> ParityRecord:
     """Compare an artefact with eager PyTorch.
 
     Args:
         model: the reference.
         artifact: what a builder made; it is run through the session that users will run it with.
-        canonical: the raw graph behind it: a detector's raw outputs are compared there when the artefact only gives suppressed ones.
         images: what to compare on.
         gates: the limits.
 
@@ -86,10 +84,11 @@ def check_parity(model: ExportableModel, artifact: BackendArtifact, canonical: O
         ExportError: the framework cannot load the artefact.
     """
     try:
-        session = open_artefact(artifact.backend, artifact.files, SessionOptions(), where=f"{model.name} for {artifact.backend}")
+        session = open_artefact(artifact.backend, artifact.files, SessionOptions(precision=artifact.precision), where=f"{model.name} for {artifact.backend}")
     except BundleError as error:  # it is not in a bundle yet
         raise ExportError(
-            f"{model.name}: expected an artefact that {artifact.backend} loads, found: {str(error).rpartition('found: ')[2]}", hint="run again with --no-simplify"
+            f"{model.name}: expected an artefact that {artifact.backend} loads, found: {str(error).rpartition('found: ')[2]}",
+            hint="run again with --no-simplify",
         ) from error
     try:
         with np.errstate(all="ignore"):  # a network that overflows is said by its figures
@@ -98,7 +97,7 @@ def check_parity(model: ExportableModel, artifact: BackendArtifact, canonical: O
             elif model.task == "Classifier":
                 record = _check_classifier(model, session, images, gates)
             elif model.task == "Detector":
-                record = _check_detector(model, artifact, session, canonical, images, gates)
+                record = _check_detector(model, artifact, session, images, gates)
             else:
                 record = _check_tensors(model, session, images, gates)
         record.reference = model.reference
@@ -115,17 +114,17 @@ def run_reference(model: ExportableModel, tensor: NDArray[np.float32]) -> Output
             values = model.module(torch.from_numpy(part))
         return {spec.name: value.numpy() for spec, value in zip(model.outputs, values, strict=True)}
 
-    return _in_parts(model, run, tensor)
+    return _in_parts(model.fixed_batch, run, tensor)
 
 
 def _run_artifact(model: ExportableModel, session: Session, tensor: NDArray[np.float32]) -> Outputs:
     """The artefact on the same: output name -> array."""
-    return _in_parts(model, lambda part: session.run({model.input.name: part}), tensor)
+    first = session.inputs[0].shape[0]
+    return _in_parts(first if isinstance(first, int) else None, lambda part: session.run({model.input.name: part}), tensor)
 
 
-def _in_parts(model: ExportableModel, run: Callable[[NDArray[np.float32]], Outputs], tensor: NDArray[np.float32]) -> Outputs:
+def _in_parts(size: int | None, run: Callable[[NDArray[np.float32]], Outputs], tensor: NDArray[np.float32]) -> Outputs:
     """One call, or as many as a fixed batch needs; the last one is filled up with zeros, whose rows are dropped."""
-    size = model.fixed_batch
     if size is None or size == len(tensor):
         return run(tensor)
     filled = np.concatenate([tensor, np.zeros((-len(tensor) % size, *tensor.shape[1:]), dtype=tensor.dtype)])
@@ -141,11 +140,11 @@ def _output(name: str, ours: Array, theirs: Array, gate: float) -> OutputParity:
     return OutputParity(name=name, max_abs=difference, relative_linf=relative, gate=gate, passed=bool(relative <= gate))  # NaN does not pass
 
 
-def _pixels(name: str, values: Array, gate: float, *, undecided: int = 0) -> PixelParity:
-    """One figure. Nothing compared is nothing shown: it does not pass."""
+def _pixels(name: str, values: Array, gate: float, *, mean_gate: float | None = None, undecided: int = 0, per: int = 1) -> PixelParity:
+    """One figure, of `per` values for each thing. Nothing compared is nothing shown: it does not pass."""
     worst, mean = (float(values.max()), float(values.mean())) if values.size else (0.0, 0.0)
-    passed = bool(worst <= gate) and values.size + undecided > 0
-    return PixelParity(name=name, worst=worst, mean=mean, count=int(values.size), undecided=undecided, gate=gate, passed=passed)
+    passed = bool(worst <= gate) and (mean_gate is None or bool(mean <= mean_gate)) and values.size + undecided > 0
+    return PixelParity(name=name, worst=worst, mean=mean, count=values.size // per, undecided=undecided, gate=gate, mean_gate=mean_gate, passed=passed)
 
 
 # ----------------------------------------------------------------------------------------------------------------------- pose
@@ -167,7 +166,7 @@ def _check_pose(model: ExportableModel, session: Session, images: Sequence[Parit
     # SimCC and heatmap scores are unnormalised logits: their shift is taken relative to the largest where that exceeds 1.
     scores = np.abs(our_poses.scores - their_poses.scores) / max(1.0, float(np.abs(their_poses.scores).max(initial=0.0)))
     pixels = [
-        _pixels("keypoint_shift_px", shifts[decided], gates.keypoint_px, undecided=int((~decided).sum())),
+        _pixels("keypoint_shift_px", shifts[decided], gates.keypoint_px, mean_gate=gates.keypoint_mean_px, undecided=int((~decided).sum())),
         _pixels("score_shift", scores, gates.score),
     ]
     return ParityRecord(verified=True, images=[image.name for image in images], samples=len(batch), outputs=outputs, pixels=pixels)
@@ -209,9 +208,7 @@ def _steady(decoder: KeypointDecoder, theirs: Outputs, crops: list[Crop], poses:
 # ------------------------------------------------------------------------------------------------------------------- detector
 
 
-def _check_detector(
-    model: ExportableModel, artifact: BackendArtifact, session: Session, canonical: OnnxModel, images: Sequence[ParityImage], gates: Gates
-) -> ParityRecord:
+def _check_detector(model: ExportableModel, artifact: BackendArtifact, session: Session, images: Sequence[ParityImage], gates: Gates) -> ParityRecord:
     assert isinstance(model.postprocess, (DetectorFacts, BoxesFacts))
     pipeline = describe_pipeline(model, has_nms=artifact.has_nms)
     preprocessor = _preprocessor(model)
@@ -224,10 +221,10 @@ def _check_detector(
     ours = _run_artifact(model, session, batch)
     raw = ours
     if artifact.has_nms:
-        raw_session = open_artefact("onnxruntime", {"net": canonical.path}, SessionOptions(), where=f"{model.name}: canonical graph")
-        raw = raw_session.run({model.input.name: batch})
+        raw_session = open_artefact(artifact.backend, artifact.raw, SessionOptions(precision=artifact.precision), where=f"{model.name}: its raw head")
+        raw = _run_artifact(model, raw_session, batch)
         raw_session.close()
-    outputs = [_output(name, raw[name], theirs[name], gates.class_logits_linf if name.startswith("cls_") else gates.relative_linf) for name in theirs]
+    outputs = [_output(name, raw[name], theirs[name], gates.class_logits_linf if name.startswith("cls_") else gates.distances_linf) for name in theirs]
     decoder = BoxDecoder(pipeline, geometry="exact", where=model.name)
     reference_decoder = BoxDecoder(describe_pipeline(model, has_nms=False), geometry="exact", where=model.name)
     facts = model.postprocess
@@ -253,7 +250,7 @@ def _box_figures(ours: list[Detections], theirs: list[Detections], gates: Gates,
     pairs = [_match(a, b, gates, score_thr=score_thr, most=most) for a, b in zip(ours, theirs, strict=True)]
     undecided = sum(pair.undecided for pair in pairs)
     return [
-        _pixels("box_shift_px", np.concatenate([pair.shifts_px for pair in pairs]), gates.box_px, undecided=undecided),
+        _pixels("box_shift_px", np.concatenate([pair.shifts_px for pair in pairs]), gates.box_px, mean_gate=gates.box_mean_px, undecided=undecided, per=4),
         _pixels("score_shift", np.concatenate([pair.score_shifts for pair in pairs]), gates.score, undecided=undecided),
         _pixels("label_flips", np.array([float(pair.flips) for pair in pairs]), float(gates.label_flips)),
     ]
@@ -261,6 +258,8 @@ def _box_figures(ours: list[Detections], theirs: list[Detections], gates: Gates,
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Matched:
+    """The boxes of one image: (N, 4) how far each side lies from PyTorch's, (N) scores, and those that have no partner."""
+
     shifts_px: NDArray[np.float64]
     score_shifts: NDArray[np.float64]
     flips: int
@@ -268,29 +267,34 @@ class _Matched:
 
 
 def _match(ours: Detections, theirs: Detections, gates: Gates, *, score_thr: float, most: int | None) -> _Matched:
-    """Pair the boxes of one image, best first, each with the nearest one of its label.
+    """Pair the boxes of one image, of all pairs with one label the nearest first: a box that one side lacks leaves the others to their own.
 
-    A box that only one side has counts as a flip, unless its score is within the gate of the threshold, or of the last box where the list was cut.
+    A box that only one side has counts as a flip, unless its score is within the gate of the threshold, or of the last box where the list was cut. Boxes
+    below `gates.box_score` do not count at all.
     """
-    free = set(range(len(ours)))
+    sides = np.abs(theirs.boxes_xyxy[:, None].astype(np.float64) - ours.boxes_xyxy[None])  # (T, O, 4)
+    far = sides.max(axis=2, initial=0.0)
+    spans = (theirs.boxes_xyxy[:, 2:] - theirs.boxes_xyxy[:, :2]).max(axis=1, initial=0.0)
+    can_be_one = (theirs.labels[:, None] == ours.labels[None]) & (far <= 0.25 * spans[:, None])
+    rows, columns = np.nonzero(can_be_one)
+    lone, free = set(range(len(theirs))), set(range(len(ours)))
     shifts, score_shifts = [], []
-    lone_scores = []
-    for box, score, label in zip(theirs.boxes_xyxy, theirs.scores, theirs.labels, strict=True):
-        candidates = [i for i in free if ours.labels[i] == label]
-        distances = [float(np.abs(ours.boxes_xyxy[i].astype(np.float64) - box).max()) for i in candidates]
-        nearest = int(np.argmin(distances)) if distances else -1
-        if nearest < 0 or distances[nearest] > 0.5 * float(max(box[2] - box[0], box[3] - box[1])):
-            lone_scores.append(float(score))
+    for i in np.argsort(far[rows, columns], kind="stable"):
+        row, column = int(rows[i]), int(columns[i])
+        if row not in lone or column not in free:
             continue
-        free.remove(candidates[nearest])
-        shifts.append(distances[nearest])
-        score_shifts.append(abs(float(ours.scores[candidates[nearest]]) - float(score)))
-    lone_scores += [float(ours.scores[i]) for i in free]
+        lone.remove(row)
+        free.remove(column)
+        if theirs.scores[row] >= gates.box_score:
+            shifts.append(sides[row, column])
+            score_shifts.append(abs(float(ours.scores[column]) - float(theirs.scores[row])))
+    lone_scores = [float(theirs.scores[i]) for i in lone] + [float(ours.scores[i]) for i in free]
+    lone_scores = [score for score in lone_scores if score >= gates.box_score]
     is_cut = most is not None and max(len(ours), len(theirs)) >= most
-    edges = [score_thr] + ([float(theirs.scores[-1])] if is_cut and len(theirs) else [])
+    edges = [max(score_thr, gates.box_score)] + ([float(theirs.scores[-1])] if is_cut and len(theirs) else [])
     undecided = sum(any(abs(score - edge) <= gates.score for edge in edges) for score in lone_scores)
     return _Matched(
-        shifts_px=np.array(shifts, dtype=np.float64),
+        shifts_px=np.array(shifts, dtype=np.float64).reshape(-1, 4),
         score_shifts=np.array(score_shifts, dtype=np.float64),
         flips=len(lone_scores) - undecided,
         undecided=undecided,
@@ -356,7 +360,7 @@ def reference_result(model: ExportableModel, image: NDArray[np.uint8]) -> Detect
 
 def classify(model: ExportableModel, artifact: BackendArtifact, image: NDArray[np.uint8]) -> Classification:
     """What the artefact of a classifier says of one image, before it is in a bundle."""
-    session = open_artefact(artifact.backend, artifact.files, SessionOptions(), where=f"{model.name} for {artifact.backend}")
+    session = open_artefact(artifact.backend, artifact.files, SessionOptions(precision=artifact.precision), where=f"{model.name} for {artifact.backend}")
     try:
         outputs = _run_artifact(model, session, _preprocessor(model).image(image)[0])
     finally:
@@ -367,7 +371,14 @@ def classify(model: ExportableModel, artifact: BackendArtifact, image: NDArray[n
 def failed_gates(record: ParityRecord) -> list[str]:
     """The figures outside their gates, in words."""
     wrong = [f"{p.name} {p.relative_linf:.2g} > {p.gate:g}" for p in record.outputs if not p.passed]
-    return wrong + [f"{p.name} {p.worst:.3g} > {p.gate:g}" if p.count else f"{p.name}: nothing to compare" for p in record.pixels if not p.passed]
+    return wrong + [_failed(p) for p in record.pixels if not p.passed]
+
+
+def _failed(figure: PixelParity) -> str:
+    if not figure.count:
+        return f"{figure.name}: nothing to compare"
+    is_worst = not figure.worst <= figure.gate
+    return f"{figure.name} {figure.worst:.3g} > {figure.gate:g}" if is_worst else f"{figure.name} {figure.mean:.3g} on the mean > {figure.mean_gate:g}"
 
 
 def parity_rows(record: ParityRecord) -> list[Mapping[str, str]]:
@@ -379,10 +390,14 @@ def parity_rows(record: ParityRecord) -> list[Mapping[str, str]]:
     for figure in record.pixels:
         count = f"{figure.count}" + (f", {figure.undecided} undecided" if figure.undecided else "")
         what = f"{figure.name.removesuffix('_px').replace('_', ' ')} ({count})"
-        rows.append({"what": what, "figure": _figure(figure), "gate": f"{figure.gate:g}", "ok": "ok" if figure.passed else "FAIL"})
+        rows.append({"what": what, "figure": _figure(figure), "gate": _gate(figure), "ok": "ok" if figure.passed else "FAIL"})
     return rows
 
 
 def _figure(parity: PixelParity) -> str:
     unit = " px" if parity.name.endswith("_px") else ""
     return f"worst {parity.worst:.3g}{unit}, mean {parity.mean:.2g}{unit}"
+
+
+def _gate(parity: PixelParity) -> str:
+    return f"{parity.gate:g}" + (f", mean {parity.mean_gate:g}" if parity.mean_gate is not None else "")

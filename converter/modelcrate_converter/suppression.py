@@ -9,6 +9,7 @@ import numpy as np
 
 from modelcrate_bundle.tensors import TensorSpec
 from modelcrate_converter.export import OnnxModel, save_onnx
+from modelcrate_converter.exportable import BoxesFacts, DetectorFacts
 from modelcrate_converter.models.rtmdet import STRIDES
 
 if TYPE_CHECKING:
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 
     import onnx
 
-    from modelcrate_converter.exportable import DetectorFacts
+    from modelcrate_converter.config import DeployConfig
+    from modelcrate_converter.exportable import ExportableModel
 
 
 class _Tail:
@@ -54,6 +56,24 @@ def points(input_hw: tuple[int, int]) -> np.ndarray[Any, np.dtype[np.float32]]:
         y, x = np.meshgrid(np.arange(height // stride) * stride, np.arange(width // stride) * stride, indexing="ij")
         levels.append(np.stack([x, y, x, y], axis=-1).reshape(-1, 4))
     return np.concatenate(levels).astype(np.float32)
+
+
+def suppressed(model: ExportableModel, source: OnnxModel, config: DeployConfig, *, workdir: Path) -> tuple[OnnxModel, bool]:
+    """The graph that a backend gets which can suppress: with NonMaxSuppression for detectors, if the config wants it there.
+
+    Args:
+        model: what is being converted.
+        source: the canonical graph.
+        config: the target.
+        workdir: where the graph goes.
+
+    Returns:
+        The graph, and whether boxes come out of it suppressed.
+    """
+    if isinstance(model.postprocess, DetectorFacts) and config.nms.where == "graph":
+        metadata = {"checkpoint": model.checkpoint[1], "model": model.name}
+        return attach_nms(source, model.postprocess, pre_top_k=config.nms.pre_top_k, workdir=workdir, metadata=metadata), True
+    return source, isinstance(model.postprocess, BoxesFacts)
 
 
 def attach_nms(model: OnnxModel, facts: DetectorFacts, *, pre_top_k: int, workdir: Path, metadata: Mapping[str, str]) -> OnnxModel:

@@ -67,6 +67,7 @@ class PixelParity(Record, kw_only=True):
         count: how many keypoints or boxes were compared.
         undecided: how many were left out because PyTorch itself is within the gate of answering otherwise.
         gate: the limit for `worst`.
+        mean_gate: the limit for `mean`, where there is one.
     """
 
     name: str
@@ -75,6 +76,7 @@ class PixelParity(Record, kw_only=True):
     count: int
     undecided: int
     gate: float
+    mean_gate: float | None = None
     passed: bool
 
 

@@ -43,7 +43,7 @@ class Built:
     folder: Path
 
     def check(self, *, gates: Gates | None = None, images: list[ParityImage] | None = None) -> ParityRecord:
-        return check_parity(self.model, self.artifact, self.canonical, images or drawn_once(), gates or Gates())
+        return check_parity(self.model, self.artifact, images or drawn_once(), gates or Gates())
 
     def changed(self, change: Callable[[onnx.ModelProto], None], *, canonical: bool = False) -> Built:
         """With a copy of the artefact's file, or of the canonical graph's, that `change` was applied to."""
@@ -52,7 +52,7 @@ class Built:
         change(proto)
         onnx.save(proto, path)
         if canonical:
-            return dataclasses.replace(self, canonical=dataclasses.replace(self.canonical, path=path))
+            return dataclasses.replace(self, artifact=dataclasses.replace(self.artifact, raw={"net": path}))
         return dataclasses.replace(self, artifact=dataclasses.replace(self.artifact, files={"net": path}))
 
 
@@ -351,7 +351,7 @@ def test_rows_tell_every_figure_with_its_gate_and_verdict(detector: Built) -> No
     assert len(rows) == len(record.outputs) + len(record.pixels)
     assert {row["ok"] for row in rows} == {"ok"}
     assert [row["gate"] for row in rows[:6]] == ["0.001"] * 3 + ["0.0001"] * 3
-    broken = dataclasses.replace(detector, model=detector.model).check(gates=Gates(relative_linf=0.0))
+    broken = dataclasses.replace(detector, model=detector.model).check(gates=Gates(distances_linf=0.0))
     assert "FAIL" in {row["ok"] for row in parity_rows(broken)}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol, cast
 
@@ -32,6 +32,7 @@ class BackendArtifact:
         inputs: its inputs.
         outputs: its outputs.
         has_nms: whether detections come out suppressed.
+        raw: role -> file of the same network without suppression, to compare a detector's head with PyTorch; empty where `files` are that.
     """
 
     backend: str
@@ -40,6 +41,7 @@ class BackendArtifact:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     has_nms: bool
+    raw: Mapping[str, Path] = field(default_factory=dict)
 
 
 class _BuilderModule(Protocol):
@@ -48,16 +50,19 @@ class _BuilderModule(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Builder:
-    """One row of the table of builders: our module, and the modules that it needs."""
+    """One row of the table of builders: our module, the modules that it needs, and the extras that bring them beside `convert` and the backend's own."""
 
     module: str
     needs: tuple[str, ...]
+    extras: tuple[str, ...] = ()
 
 
+_CONVERT: Final = ("torch", "onnx", "onnxsim", "onnxscript", "safetensors", "jinja2")
+"""What every build needs, whatever the backend."""
 BUILDERS: Final[Mapping[str, Builder]] = {
-    "onnxruntime": Builder(
-        module="modelcrate_converter.builders.onnxruntime_builder", needs=("torch", "onnx", "onnxsim", "onnxscript", "safetensors", "jinja2", "onnxruntime")
-    ),
+    "onnxruntime": Builder(module="modelcrate_converter.builders.onnxruntime_builder", needs=(*_CONVERT, "onnxruntime")),
+    "openvino": Builder(module="modelcrate_converter.builders.openvino_builder", needs=(*_CONVERT, "openvino")),
+    "ncnn": Builder(module="modelcrate_converter.builders.ncnn_builder", needs=(*_CONVERT, "ncnn", "pnnx"), extras=("pnnx",)),
 }
 """Backend name -> how to build for it."""
 
@@ -74,7 +79,10 @@ def check_can_build(backend: str) -> None:
         raise ConfigError(f"backend: expected one of {', '.join(BUILDERS)}, found {backend!r}")
     missing = [name for name in builder.needs if importlib.util.find_spec(name) is None]
     if missing:
-        raise MissingBackendError(f"building for {backend} needs {', '.join(missing)}, not installed", hint=f"pip install 'modelcrate[convert,{backend}]'")
+        raise MissingBackendError(
+            f"building for {backend} needs {', '.join(missing)}, not installed",
+            hint=f"pip install 'modelcrate[convert,{','.join((backend, *builder.extras))}]'",
+        )
 
 
 def build(model: ExportableModel, source: OnnxModel, config: DeployConfig, *, workdir: Path) -> BackendArtifact:

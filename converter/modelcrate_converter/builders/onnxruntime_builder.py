@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modelcrate_converter.builders import BackendArtifact
-from modelcrate_converter.exportable import BoxesFacts, DetectorFacts
-from modelcrate_converter.suppression import attach_nms
+from modelcrate_converter.suppression import suppressed
 
 if TYPE_CHECKING:
     from modelcrate_converter.config import DeployConfig
@@ -25,11 +24,10 @@ def build(model: ExportableModel, source: OnnxModel, config: DeployConfig, *, wo
         config: the target.
         workdir: where the file goes.
     """
-    has_nms = isinstance(model.postprocess, BoxesFacts)
-    if isinstance(model.postprocess, DetectorFacts) and config.nms.where == "graph":
-        has_nms = True
-        metadata = {"checkpoint": model.checkpoint[1], "model": model.name}
-        source = attach_nms(source, model.postprocess, pre_top_k=config.nms.pre_top_k, workdir=workdir, metadata=metadata)
+    raw = source
+    source, has_nms = suppressed(model, source, config, workdir=workdir)
     target = workdir / "end2end.onnx"
     shutil.copyfile(source.path, target)
-    return BackendArtifact(backend="onnxruntime", files={"net": target}, precision="fp32", inputs=source.inputs, outputs=source.outputs, has_nms=has_nms)
+    return BackendArtifact(
+        backend="onnxruntime", files={"net": target}, precision="fp32", inputs=source.inputs, outputs=source.outputs, has_nms=has_nms, raw={"net": raw.path}
+    )

@@ -10,7 +10,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Protocol, cast
 
 from modelcrate_bundle.errors import MissingBackendError, UnsupportedBundleError
@@ -40,6 +40,8 @@ class SessionOptions:
         threads: threads inside one operator; None is one for each core that this process may use.
         providers: ONNX Runtime's execution providers by name, to use exactly these; None follows `device`.
         streams: calls that may run side by side, see `Session.run_beside`; None is what suits the backend, 1 is never more than one.
+        precision: what the network computes in, where that is the session's choice (OpenVINO); None takes the bundle's.
+        cache_dir: folder where compiled networks are kept, for backends that compile; None keeps none.
         optimize: whether the framework may rewrite the graph; without it a graph is run as it stands, slowly, to compare with.
     """
 
@@ -48,6 +50,8 @@ class SessionOptions:
     threads: int | None = None
     providers: tuple[str, ...] | None = None
     streams: int | None = None
+    precision: str | None = None
+    cache_dir: Path | None = None
     optimize: bool = True
 
 
@@ -113,6 +117,8 @@ class Backend:
 
 BACKENDS: Final[Mapping[str, Backend]] = {
     "onnxruntime": Backend(module="onnxruntime", extra="onnxruntime", session="modelcrate_runtime.sessions.onnxruntime_session"),
+    "openvino": Backend(module="openvino", extra="openvino", session="modelcrate_runtime.sessions.openvino_session"),
+    "ncnn": Backend(module="ncnn", extra="ncnn", session="modelcrate_runtime.sessions.ncnn_session"),
 }
 """Backend name, as deploy.json writes it -> how to run it."""
 
@@ -132,6 +138,8 @@ def open_session(bundle: Bundle, options: SessionOptions) -> Session:
     files = {"net": bundle.path_of(model.net)}
     if model.weights:
         files["weights"] = bundle.path_of(model.weights)
+    if options.precision is None:
+        options = replace(options, precision=bundle.manifest.precision if bundle.manifest else model.precision.lower())
     return open_artefact(model.backend, files, options, where=str(bundle.root))
 
 

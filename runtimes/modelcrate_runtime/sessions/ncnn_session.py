@@ -1,0 +1,159 @@
+"""ncnn: one sample per call, on the CPU. Half precision is a matter of storage here: arithmetic stays in float32."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from modelcrate_bundle.errors import BundleIntegrityError, ConfigError, InputError, UnsupportedBundleError
+from modelcrate_bundle.tensors import Dim, TensorSpec
+from modelcrate_runtime.cores import usable_cores
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from modelcrate_runtime.sessions import SessionOptions
+
+_MAGIC: Final = "7767517"
+_PRECISIONS: Final = ("fp32", "fp16", "int8")
+
+
+class NcnnSession:
+    """One ncnn network. ncnn has no batch axis: an array of one sample goes in, and comes out with its batch axis of 1.
+
+    Attributes:
+        inputs: the network's inputs; their sizes stand in the Input layers.
+        outputs: the network's outputs in ncnn's order, as one run on zeros showed them.
+        threads: threads inside one operator.
+        streams: always 1: the binding holds Python's lock while a network runs.
+    """
+
+    def __init__(self, files: Mapping[str, Path], options: SessionOptions) -> None:
+        """Load.
+
+        Raises:
+            ConfigError: another device than the CPU, or execution providers.
+            BundleIntegrityError: the files are no network that ncnn can read.
+            UnsupportedBundleError: an input without sizes, or a precision that ncnn does not have.
+        """
+        import ncnn
+
+        if options.device != "cpu":
+            raise ConfigError(f"device: expected cpu for ncnn, found {options.device!r}")
+        if options.providers:
+            raise ConfigError("providers: expected none for ncnn, found some: they are ONNX Runtime's")
+        for name, number in (("threads", options.threads), ("streams", options.streams)):
+            if number is not None and number < 1:
+                raise ConfigError(f"{name}: expected at least 1, found {number}")
+        precision = options.precision or "fp32"
+        if precision not in _PRECISIONS:
+            raise UnsupportedBundleError(f"{files['net']}: precision: expected one of {', '.join(_PRECISIONS)}, found {precision!r}")
+        self.threads = options.threads or usable_cores()
+        self.streams = 1
+        path = files["net"]
+        self.inputs = input_specs(path)
+        net: Any = ncnn.Net()
+        net.opt.num_threads = self.threads
+        net.opt.use_vulkan_compute = False
+        # bfloat16 storage costs 2 % here, and half arithmetic overflows in the heads of pose networks: neither is ever on.
+        net.opt.use_bf16_storage = net.opt.use_fp16_arithmetic = False
+        net.opt.use_fp16_packed = net.opt.use_fp16_storage = precision == "fp16"
+        if net.load_param(str(path)) != 0 or "weights" not in files or net.load_model(str(files["weights"])) != 0:
+            raise BundleIntegrityError(f"{path}: expected a network that ncnn {ncnn.__version__} loads, found one that it refuses", hint="convert again")
+        names = [spec.name for spec in self.inputs]
+        if sorted(net.input_names()) != sorted(names):
+            raise BundleIntegrityError(f"{path}: expected the inputs {', '.join(names)}, found {', '.join(net.input_names())}")
+        self._net = net
+        self._lock = threading.Lock()
+        self._names: list[str] = list(net.output_names())
+        zeros = {spec.name: np.zeros(tuple(dim for dim in spec.shape if isinstance(dim, int)), dtype=np.float32) for spec in self.inputs}
+        self.outputs = tuple(TensorSpec(name=name, dtype="float32", shape=value.shape) for name, value in self._extract(zeros).items())
+
+    def run(self, feeds: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
+        """Run once, with all threads, on arrays with a batch axis of 1.
+
+        Raises:
+            InputError: a name, shape or dtype that the network does not take; or the session is closed.
+        """
+        if self._net is None:
+            raise InputError("ncnn: expected an open session, found a closed one", hint="run it inside the with block")
+        expected = {spec.name: spec for spec in self.inputs}
+        if feeds.keys() != expected.keys() or any(value.dtype != np.float32 or value.shape != expected[name].shape for name, value in feeds.items()):
+            wanted = ", ".join(f"{spec.name} {spec.dtype}{list(spec.shape)}" for spec in self.inputs)
+            found = ", ".join(f"{name} {value.dtype}{list(value.shape)}" for name, value in feeds.items()) or "nothing"
+            raise InputError(f"ncnn: expected {wanted}, found {found}", hint="ncnn takes one sample at a time")
+        return dict(self._extract(feeds))
+
+    run_beside = run
+
+    def _extract(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.generic]]:
+        import ncnn
+
+        # An extractor belongs to one call; the network's memory pools are shared by all of them.
+        with self._lock:
+            extractor = self._net.create_extractor()
+            held = {name: np.ascontiguousarray(value[0]) for name, value in feeds.items()}  # ncnn reads them in place until the outputs are there
+            for name, value in held.items():
+                if extractor.input(name, ncnn.Mat(value)) != 0:
+                    raise InputError(f"ncnn: expected to set the input {name}, found that ncnn refuses it")
+            results: dict[str, NDArray[np.generic]] = {}
+            for name in self._names:
+                status, mat = extractor.extract(name)
+                if status != 0:
+                    raise InputError(f"ncnn: expected the output {name}, found error {status}: is there memory for it?")
+                results[name] = np.array(mat, dtype=np.float32)[None]
+        return results
+
+    def close(self) -> None:
+        """Free the network."""
+        self._net = None
+
+
+def open_session(files: Mapping[str, Path], options: SessionOptions) -> NcnnSession:
+    """The session of the files under the roles `net` (.param) and `weights` (.bin)."""
+    return NcnnSession(files, options)
+
+
+def input_specs(path: Path) -> tuple[TensorSpec, ...]:
+    """The inputs of a `.param`: name, and (1, C, H, W) from the parameters 2, 1 and 0 of their layers.
+
+    Raises:
+        BundleIntegrityError: no `.param`.
+        UnsupportedBundleError: an input that does not say its size.
+    """
+    specs = []
+    for kind, name, sizes in _layers(path, ("Input",)):
+        dims = [sizes.get(key, 0) for key in (2, 1, 0)]
+        if not all(dims):
+            raise UnsupportedBundleError(
+                f"{path}: {kind} {name}: expected its width, height and channels (0=, 1=, 2=), found {dims[::-1]}",
+                hint="write them into the line of the layer, or convert the checkpoint with modelcrate",
+            )
+        shape: tuple[Dim, ...] = (1, *dims)
+        specs.append(TensorSpec(name=name, dtype="float32", shape=shape))
+    return tuple(specs)
+
+
+def _layers(path: Path, kinds: tuple[str, ...]) -> list[tuple[str, str, dict[int, int]]]:
+    """Layers of some kinds: kind, first output blob, whole-number parameters."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BundleIntegrityError(f"{path}: expected an ncnn .param file, found: {error}", hint="copy the bundle again, or convert again") from error
+    if not lines or lines[0].strip() != _MAGIC:
+        raise BundleIntegrityError(
+            f"{path}: expected an ncnn .param file that begins with {_MAGIC}, found another", hint="copy the bundle again, or convert again"
+        )
+    found = []
+    for line in lines[2:]:
+        words = line.split()
+        if len(words) >= 5 and words[0] in kinds:
+            blobs = int(words[2])
+            pairs = (word.split("=", 1) for word in words[4 + blobs + int(words[3]) :] if "=" in word)
+            found.append((words[0], words[4 + blobs], {int(key): int(value) for key, value in pairs if value.lstrip("-").isdecimal()}))
+    return found
