@@ -26,13 +26,13 @@ from modelcrate_converter.describe import describe_deploy, describe_detail, desc
 from modelcrate_converter.export import OnnxModel, export_onnx
 from modelcrate_converter.exportable import ExportableModel, OnnxNetwork
 from modelcrate_converter.own_model import file_kind, read_own_model
-from modelcrate_converter.parity import ParityImage, check_parity, classify, failed_gates, given_image, parity_rows, procedural_images, reference_result
+from modelcrate_converter.parity import ParityImage, check_parity, failed_gates, given_image, parity_rows, procedural_images, reference_result
 from modelcrate_converter.progress import Noted, Report, StageClock, ignore
 from modelcrate_converter.simplify import op_table, simplify
 from modelcrate_runtime.draw import draw_classes, draw_detections, draw_poses
 from modelcrate_runtime.images import encode_jpeg, read_image
 from modelcrate_runtime.results import Classification, Detections
-from modelcrate_runtime.tasks import Detector, PoseDetector
+from modelcrate_runtime.tasks import Classifier, Detector, PoseDetector
 
 if TYPE_CHECKING:
     import numpy as np
@@ -119,6 +119,7 @@ def convert(
     with clock.stage("load checkpoint" if options.spec is None else "load model") as detail:
         model, skipped = _load_model(checkpoint_path, options)
         images = _load_images(options.images)
+        _check_names([], model.name)
         detail.append(f"{model.name}, {model.parameter_count / 1e6:.2f} M parameters")
     if skipped:
         report(Noted(text=f"the checkpoint asks for {', '.join(skipped)}: skipped, not imported"))
@@ -237,8 +238,8 @@ def _build_bundle(
         with clock.stage("write bundle") as detail:
             for role, path in artifact.files.items():
                 writer.add(path.name, role=role, content=path)
-            pictures = _add_pictures(model, artifact, options, images, writer)
             manifest = _describe_manifest(model, artifact, config, record, build_key, clock, target_id=conversion.id)
+            pictures = _add_pictures(model, artifact, manifest, options, images, writer)
             writer.add("README.md", role="readme", content=_render_readme(manifest, pictures))
             conversion.bundle = writer.commit(
                 deploy=describe_deploy(model, artifact, config),
@@ -295,32 +296,38 @@ def _render_readme(manifest: Manifest, pictures: list[str]) -> bytes:
     return environment.get_template("README.md.j2").render(manifest=manifest, parity_rows=parity_rows(manifest.parity), pictures=pictures).encode()
 
 
-def _add_pictures(model: ExportableModel, artifact: BackendArtifact, options: ConvertOptions, images: Sequence[ParityImage], writer: BundleWriter) -> list[str]:
+def _add_pictures(
+    model: ExportableModel, artifact: BackendArtifact, manifest: Manifest, options: ConvertOptions, images: Sequence[ParityImage], writer: BundleWriter
+) -> list[str]:
     """PyTorch's result and the artefact's on the first given image, as MMDeploy's `deploy.py` draws them; none for procedural images."""
     if not options.images or model.task == "Network":  # only the caller knows what tensors mean
         return []
     image = images[0].image
     pictures = {
         f"output_{'given' if isinstance(model.module, OnnxNetwork) else 'pytorch'}.jpg": _drawn(model, reference_result(model, image), image),
-        f"output_{artifact.backend}.jpg": _drawn(model, _artifact_result(model, artifact, image), image),
+        f"output_{artifact.backend}.jpg": _drawn(model, _artifact_result(model, artifact, manifest, image), image),
     }
     for name, picture in pictures.items():
         writer.add(name, role="picture", content=encode_jpeg(picture))
     return list(pictures)
 
 
-def _artifact_result(model: ExportableModel, artifact: BackendArtifact, image: NDArray[np.uint8]) -> object:
+def _artifact_result(model: ExportableModel, artifact: BackendArtifact, manifest: Manifest, image: NDArray[np.uint8]) -> object:
     """What users of the bundle will get: through the same classes, from the artefact before it is in a bundle."""
-    if model.task == "Classifier":  # how it resizes stands in the manifest, which is written last
-        return classify(model, artifact, image)
     deploy = describe_deploy(model, artifact, DeployConfig(target="", backend=artifact.backend, precision="fp32"))
     bundle = Bundle.of_files(
-        deploy=deploy, pipeline=describe_pipeline(model, has_nms=artifact.has_nms, is_batched=artifact.inputs[0].is_batch_dynamic), files=artifact.files
+        deploy=deploy,
+        pipeline=describe_pipeline(model, has_nms=artifact.has_nms, is_batched=artifact.inputs[0].is_batch_dynamic),
+        files=artifact.files,
+        manifest=manifest,
     )
     if model.task == "Detector":
-        with Detector(bundle, geometry="exact", verify=False) as detector:
+        with Detector(bundle, verify=False) as detector:
             return detector.detect(image)
-    with PoseDetector(bundle, geometry="exact", verify=False) as estimator:
+    if model.task == "Classifier":
+        with Classifier(bundle, verify=False) as classifier:
+            return classifier.classify(image)
+    with PoseDetector(bundle, verify=False) as estimator:
         return estimator.estimate(image)
 
 
@@ -344,6 +351,7 @@ def _build_key(model: ExportableModel, config: DeployConfig, options: ConvertOpt
         "facts": model.facts,
         "model_config": sha256_of(options.model_config) if options.model_config else "",
         "name": model.name,
+        "class_names": model.class_names,
         "config": msgspec.to_builtins(config),
         "spec": sha256_of(options.spec) if options.spec else "",
         "images": [[image.name, hashlib.sha256(image.image.tobytes()).hexdigest()] for image in images],
@@ -356,7 +364,7 @@ def _build_key(model: ExportableModel, config: DeployConfig, options: ConvertOpt
 
 def _check_names(targets: Sequence[str], name: str | None) -> None:
     """Refuse names that would lead out of the output folder, and two targets that would write the same one."""
-    for what, text in (*(("target", target) for target in targets), *((("--name", name),) if name is not None else ())):
+    for what, text in (*(("target", target) for target in targets), *((("name", name),) if name is not None else ())):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", text):
             raise ConfigError(f"{what}: expected letters, digits, dots, dashes and underscores, found {text!r}", hint="it becomes the name of a folder")
     double = next((target for target in targets if targets.count(target) > 1), None)

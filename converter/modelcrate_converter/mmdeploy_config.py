@@ -43,7 +43,7 @@ def read_mmdeploy_config(path: Path) -> DeployConfig:
     if name not in target_names():
         raise ConfigError(f"{path}: expected the deploy config of one of {', '.join(target_names())}, found {name}", hint="choose one of them with -t")
     ours = load_config(name)
-    if at(values, "codebase_config.model_type") not in {None, "end2end"} or at(values, "partition_config") is not None:
+    if at(values, "codebase_config.model_type") not in (None, "end2end") or at(values, "partition_config") is not None:
         raise ConfigError(f"{path}: expected a network in one piece (model_type 'end2end'), found a partition of one", hint=f"-t {name}")
     pre_top_k = at(values, "codebase_config.post_processing.pre_top_k")
     nms = msgspec.structs.replace(ours.nms, pre_top_k=int(pre_top_k)) if is_number(pre_top_k) and pre_top_k >= 1 else ours.nms
@@ -87,7 +87,7 @@ def _batch(values: Mapping[str, Any], ours: Batch, *, path: Path) -> Batch:
 def _needs(values: Mapping[str, Any], *, path: Path) -> ModelNeeds:
     """What the config says of the model."""
     task = at(values, "codebase_config.task")
-    if task is not None and task not in _TASKS:
+    if task is not None and not (isinstance(task, str) and task in _TASKS):
         raise ConfigError(f"{path}: codebase_config.task: expected one of {', '.join(_TASKS)}, found {task!r}")
     stated = at(values, "onnx_config.input_shape")
     size = (int(stated[1]), int(stated[0])) if isinstance(stated, (list, tuple)) and len(stated) == 2 and all(is_number(v) for v in stated) else None

@@ -6,6 +6,7 @@ data; a module, TorchScript and `.pt2` are programs, which run because the user 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import math
@@ -14,8 +15,10 @@ import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, Literal
 
+import msgspec
 import numpy as np
 import torch
 from torch import nn
@@ -54,6 +57,8 @@ from modelcrate_runtime.skeletons import DATA_SETS, keypoint_info, published_key
 
 FileKind = Literal["checkpoint", "onnx", "torchscript", "exported program"]
 _COLORS: Final = 3
+_DTYPES: Final = ("float32", "float16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool")
+"""What numpy, ONNX and ONNX Runtime all have."""
 _PILLOW: Final = {"pillow-bilinear": "bilinear", "pillow-bicubic": "bicubic"}
 
 
@@ -163,29 +168,32 @@ def _built(builder: str, args: Mapping[str, Any], weights: Path | None) -> nn.Mo
     module_name, _, attribute = builder.partition(":")
     if not (module_name and attribute):
         raise ConfigError(f"--model: expected package.module:function, found {builder!r}", hint="--model my_package.my_module:build")
-    sys.path.insert(0, str(Path.cwd()))
+    here = str(Path.cwd())  # somebody's code may go elsewhere
+    sys.path.insert(0, here)
     try:
         made: Any = importlib.import_module(module_name)
         for part in attribute.split("."):
             made = getattr(made, part)
         if not isinstance(made, nn.Module):
             made = made(**args)
-    except Exception as error:  # somebody's code raises whatever it likes
+    except (Exception, SystemExit) as error:  # somebody's code raises whatever it likes, and a script ends the process
         text = " ".join(str(error).split())[:300]
         raise ConfigError(
             f"--model {builder}: expected it to make a network, found {type(error).__name__}: {text}",
             hint="it is imported from the current folder or from what is installed, and called with the spec's args",
         ) from error
     finally:
-        sys.path.remove(str(Path.cwd()))
+        with contextlib.suppress(ValueError):
+            sys.path.remove(here)
     if not isinstance(made, nn.Module):
         raise ConfigError(f"--model {builder}: expected a torch.nn.Module, found {type(made).__name__}")
     if weights is not None:
         checkpoint = read_checkpoint(weights)
         state, expected = checkpoint.state_dict, made.state_dict().keys()
-        for prefix in PREFIXES:  # what `read_checkpoint` took for a wrapper's may be the network's own
-            if state.keys().isdisjoint(expected) and not {prefix + key for key in state}.isdisjoint(expected):
-                state = {prefix + key: value for key, value in state.items()}
+        # What `read_checkpoint` took for a wrapper's may be the network's own.
+        own = ("", *PREFIXES, *(first + second for first in PREFIXES for second in PREFIXES))
+        prefix = next((prefix for prefix in own if not {prefix + key for key in state}.isdisjoint(expected)), "")
+        state = {prefix + key: value for key, value in state.items()}
         load_weights(made, state, path=weights)
     return made.float().cpu().eval()
 
@@ -246,6 +254,8 @@ def _tried(module: nn.Module, given: TensorSpec, *, names: Sequence[str], where:
                 f"{where}: output {name}: expected the batch as the first axis, found shape {list(a.shape)} for a batch of {fixed or 2}",
                 hint="batch = 1 under [input] is for networks that take one input at a time",
             )
+        if str(a.dtype).removeprefix("torch.") not in _DTYPES:
+            raise ExportError(f"{where}: output {name}: expected one of {', '.join(_DTYPES)}, found {a.dtype}", hint="end the network with .float()")
         sides: list[Dim] = [m if m == n else f"{name}_{i}" for i, (m, n) in enumerate(zip(a.shape[1:], b.shape[1:], strict=True), start=1)]
         specs.append(TensorSpec(name=name, dtype=str(a.dtype).removeprefix("torch."), shape=(given.shape[0], *sides)))
     return tuple(specs)
@@ -260,6 +270,7 @@ def _from_onnx(spec: Spec, path: Path, digest: str, *, where: Path, name: str | 
     except Exception as error:  # protobuf's errors, and the file system's
         raise CheckpointError(f"{path}: expected an ONNX file, found: {' '.join(str(error).split())[:200]}", hint="is the file whole?") from error
     weights = {tensor.name for tensor in graph.initializer}
+    beside = {entry.value for tensor in graph.initializer for entry in tensor.external_data if entry.key == "location"}
     inputs = [value for value in graph.input if value.name not in weights]
     if len(inputs) != 1:
         raise ConfigError(
@@ -268,7 +279,7 @@ def _from_onnx(spec: Spec, path: Path, digest: str, *, where: Path, name: str | 
     kind = inputs[0].type.tensor_type
     dims = [dim.dim_value if dim.dim_value > 0 else None for dim in kind.shape.dim]  # some tools write -1 for any
     if kind.elem_type != onnx.TensorProto.FLOAT or len(dims) != 4:
-        found = onnx.TensorProto.DataType.Name(kind.elem_type).lower()
+        found = {number: word.lower() for word, number in onnx.TensorProto.DataType.items()}.get(kind.elem_type, f"type {kind.elem_type}")
         raise ConfigError(
             f"{path}: input {inputs[0].name}: expected float32 of shape (N, C, H, W), found {found} with {len(dims)} axes", hint="bundles have float32 inputs"
         )
@@ -290,6 +301,7 @@ def _from_onnx(spec: Spec, path: Path, digest: str, *, where: Path, name: str | 
     return _exportable(
         spec, where=where, module=module, given=given, outputs=_tried(module, given, names=module.outputs, where=path), name=name or spec.name or _plain_name(path.name),
         reference=path.name, checkpoint=(path.name, digest), is_code=False, origin=path.name,
+        more_facts={f"weights in {name}": f"SHA-256 {sha256_of(path.parent / name)}" for name in sorted(beside)},
     )  # fmt: skip
 
 
@@ -298,7 +310,7 @@ def _from_onnx(spec: Spec, path: Path, digest: str, *, where: Path, name: str | 
 
 def _exportable(
     spec: Spec, *, where: Path, module: nn.Module, given: TensorSpec, outputs: tuple[TensorSpec, ...], name: str, reference: str, checkpoint: tuple[str, str],
-    is_code: bool, origin: str,
+    is_code: bool, origin: str, more_facts: Mapping[str, str] = MappingProxyType({}),
 ) -> ExportableModel:  # fmt: skip
     """Everything together, checked against each other."""
     classes: list[str] = []
@@ -311,6 +323,8 @@ def _exportable(
         facts = ClassifierFacts(fit=_fit(spec.resize, size_hw, where=where), topk=min(spec.topk, len(classes)), softmax=spec.softmax)
     elif isinstance(spec, DetectorSpec):
         _expected(outputs, {"dets": 3, "labels": 2}, where=where, named=True)
+        # How many boxes there are only the image says, and noise may have as many each time, or none.
+        outputs = tuple(msgspec.structs.replace(output, shape=(output.shape[0], "boxes", *output.shape[2:])) for output in outputs)
         classes = _classes(spec, count=None, where=where)
         facts = BoxesFacts(fit=_fit(spec.resize, size_hw, where=where), score_thr=spec.score_thr)
     elif isinstance(spec, PoseDetectorSpec):
@@ -319,7 +333,8 @@ def _exportable(
     else:
         if (spec.resize is None) == (spec.crop is None):
             raise ConfigError(
-                f"{where}: expected one of the tables resize and crop, found {'none' if spec.crop is None else 'both'}", hint='[resize]\nmode = "stretch"'
+                f"{where}: expected one of the tables resize and crop, found {'none' if spec.crop is None else 'both'}",
+                hint="[resize] takes whole images, [crop] takes boxes",
             )
         crop = spec.crop or CropSpec()
         facts = RawFacts(fit=_fit(spec.resize, size_hw, where=where) if spec.resize else None, padding=crop.padding, use_udp=crop.udp)
@@ -328,7 +343,7 @@ def _exportable(
     return ExportableModel(
         name=name, task=task, sdk_name=names[task], module=module, reference=reference, input=given, outputs=outputs,
         normalization=_normalization(spec.input, where=where), postprocess=facts, class_names=classes, keypoints=keypoints,
-        facts={"everything that the network does not say": f"the spec {where.name}", "network": origin}, checkpoint=checkpoint, is_code=is_code,
+        facts={"everything that the network does not say": f"the spec {where.name}", "network": origin, **more_facts}, checkpoint=checkpoint, is_code=is_code,
     )  # fmt: skip
 
 
@@ -340,7 +355,7 @@ def _size_of(spec: Spec, where: Path) -> tuple[int, int]:
 
 def _normalization(given: InputSpec, *, where: Path) -> Normalization:
     channels = 1 if given.color == "gray" else _COLORS
-    mean, std = given.mean or (0.0,) * channels, given.std or (float(255 // given.levels),) * channels
+    mean, std = given.mean or (0.0,) * channels, given.std or (1.0,) * channels
     for key, values in (("mean", mean), ("std", std)):
         if len(values) != channels or not all(math.isfinite(v) for v in values):
             raise ConfigError(f"{where}: {key}: expected {channels} numbers for {given.color}, found {list(values)}")
@@ -357,7 +372,9 @@ def _normalization(given: InputSpec, *, where: Path) -> Normalization:
 def _fit(resize: ResizeSpec, size_hw: tuple[int, int], *, where: Path) -> ImageFit:
     edge = resize.edge or 0
     if (resize.mode == "shorter-edge") != bool(edge):
-        raise ConfigError(f'{where}: edge: expected with mode = "shorter-edge", and only there, found {resize.edge}', hint='mode = "shorter-edge"\nedge = 256')
+        raise ConfigError(
+            f'{where}: edge: expected with mode = "shorter-edge", and only there, found {resize.edge}', hint='edge = 256 beside mode = "shorter-edge"'
+        )
     if edge and edge < max(size_hw):
         raise ConfigError(f"{where}: edge: expected at least {max(size_hw)}, the input's longer side, found {edge}")
     if resize.mode == "letterbox-center" and resize.interpolation != "bilinear":
@@ -432,7 +449,9 @@ def _keypoints(given: KeypointSpec, *, count: Dim, where: Path) -> KeypointInfo:
         raise ConfigError(f"{where}: keypoints: expected {count} names and as many sigmas or none, found {len(info.names)} and {len(info.sigmas)}")
     ends = [end for pair in (*info.skeleton, *info.flip_pairs) for end in pair]
     if not all(0 <= end < count for end in ends):
-        raise ConfigError(f"{where}: keypoints: expected indices from 0 to {count - 1} in skeleton and flip_pairs, found {max(ends, key=abs)}")
+        raise ConfigError(
+            f"{where}: keypoints: expected indices from 0 to {count - 1} in skeleton and flip_pairs, found {next(end for end in ends if not 0 <= end < count)}"
+        )
     return info
 
 

@@ -215,7 +215,10 @@ def _run_network(network: Network, files: list[Path], names: dict[Path, str], bo
             write_arrays(targets[index], tensors.outputs)
             errors.print(f"wrote {targets[index]}", style="dim")
     if as_json:
-        sys.stdout.write(json.dumps(collected, indent=1) + "\n")
+        import msgspec
+
+        # It writes NaN and infinity as null, since JSON has no word for them.
+        sys.stdout.write(msgspec.json.format(msgspec.json.encode(collected), indent=1).decode() + "\n")
     _raise_unusable(unusable, files)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -99,7 +100,11 @@ def write_arrays(path: Path, arrays: Mapping[str, NDArray[np.generic]]) -> None:
         OutputError: the file cannot be written.
     """
     content = io.BytesIO()
-    np.savez_compressed(content, allow_pickle=False, **arrays)
+    # As numpy.savez_compressed, which takes names as keywords, beside some of its own.
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as stream:
+                np.lib.format.write_array(stream, array, allow_pickle=False)
     _write(path, content.getvalue())
 
 

@@ -110,16 +110,17 @@ class Bundle:
         return bundle
 
     @classmethod
-    def of_files(cls, *, deploy: DeployInfo, pipeline: Pipeline, files: Mapping[str, Path]) -> Bundle:
+    def of_files(cls, *, deploy: DeployInfo, pipeline: Pipeline, files: Mapping[str, Path], manifest: Manifest | None = None) -> Bundle:
         """A bundle whose artefacts are not in its folder yet: a builder's output, to be run before it is packaged.
 
         Args:
             deploy: names the files by their base names.
             pipeline: what to do around the network.
             files: role -> file; all of one folder.
+            manifest: what the bundle will say of itself; it lists no files yet.
         """
         folder = files["net"].parent
-        return cls(root=folder, deploy=deploy, pipeline=pipeline, detail=None, manifest=None, _source=_Source(folder))
+        return cls(root=folder, deploy=deploy, pipeline=pipeline, detail=None, manifest=manifest, _source=_Source(folder))
 
     @property
     def model(self) -> DeployModel:

@@ -1,0 +1,343 @@
+"""Which operators compute in half precision: a plan on the graph from measured ranges, not a flag of a builder.
+
+Float16 ends at 65504, and what is below 6e-5 loses digits or is flushed to zero. RTMPose's ScaleNorm sums 256 squares, and its attention squares once more:
+both leave that range long before the network's answers do. So every backend with float16 gets the same typed graph: half where the ranges allow it,
+float32 islands where they do not, float32 at the inputs and outputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Literal
+
+import numpy as np
+
+from modelcrate_bundle.errors import ExportError
+from modelcrate_converter.export import OnnxModel, save_onnx
+from modelcrate_runtime.sessions import SessionOptions, open_artefact
+
+if TYPE_CHECKING:
+    import onnx
+    from numpy.typing import NDArray
+
+HALF_MAX: Final = 65504.0
+HALF_TINY: Final = 2.0**-14
+"""Smallest normal float16: below it digits go, and some devices flush to zero."""
+_SQUARES: Final = frozenset({"ReduceL2", "ReduceSumSquare", "ReduceLogSumExp", "ReduceLogSum"})
+"""Sums of squares or exponentials: inside, they are larger than anything that goes in or comes out."""
+_FLOAT32_ONLY: Final = frozenset({"NonMaxSuppression", "TopK", "ConstantOfShape", "Range", "RandomNormal", "RandomUniform", "EyeLike", "Multinomial"})
+_FLOAT32_INPUTS: Final[Mapping[str, frozenset[int]]] = {"Resize": frozenset({1, 2}), "Upsample": frozenset({1})}
+"""Inputs that are float32 by definition, whatever the operator computes in."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorRange:
+    """What a tensor was over all inputs: its least and its greatest value."""
+
+    least: float
+    greatest: float
+
+    @property
+    def largest(self) -> float:
+        """The greatest magnitude."""
+        return max(abs(self.least), abs(self.greatest))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrecisionPlan:
+    """What computes in what.
+
+    Attributes:
+        precision: of the operators that are no islands.
+        islands: operator -> why it stays in float32.
+        half: how many operators compute in half precision.
+    """
+
+    precision: Literal["fp16"]
+    islands: Mapping[str, str]
+    half: int
+
+    @property
+    def summary(self) -> str:
+        """For the console and the manifest."""
+        kinds = Counter(reason.partition(":")[0] for reason in self.islands.values())
+        return f"{self.half} operators in float16, {len(self.islands)} in float32" + (
+            f" ({', '.join(f'{count} {kind}' for kind, count in sorted(kinds.items()))})" if kinds else ""
+        )
+
+
+def measure_ranges(model: OnnxModel, inputs: Iterable[NDArray[np.float32]], *, workdir: Path) -> dict[str, TensorRange]:
+    """The range of every float tensor of a graph.
+
+    Args:
+        model: the graph.
+        inputs: network inputs (n, C, H, W), run one after another: all tensors of one are held at a time.
+        workdir: where a copy of the graph with all its tensors as outputs goes.
+
+    Raises:
+        ExportError: there are no inputs, or a tensor is not finite already in float32.
+    """
+    import onnx
+
+    proto = _named(onnx.shape_inference.infer_shapes(onnx.load(model.path)))
+    floats = _float_tensors(proto)
+    known = {value.name for value in proto.graph.output}
+    produced = [name for node in proto.graph.node for name in node.output if name in floats]
+    proto.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in produced if name not in known)
+    path = workdir / "measured.onnx"
+    onnx.save(proto, path)
+    session = open_artefact("onnxruntime", {"net": path}, SessionOptions(optimize=False), where=model.path.name)
+    ranges: dict[str, TensorRange] = {}
+    try:
+        for tensor in inputs:
+            values = {model.inputs[0].name: tensor} | session.run({model.inputs[0].name: tensor})
+            for name, value in values.items():
+                if name not in floats or not value.size:
+                    continue
+                if not np.isfinite(value).all():
+                    raise ExportError(f"{model.path.name}: {name}: expected finite values in float32, found others", hint="is the checkpoint sound?")
+                found = TensorRange(least=float(value.min()), greatest=float(value.max()))
+                before = ranges.get(name, found)
+                ranges[name] = TensorRange(least=min(before.least, found.least), greatest=max(before.greatest, found.greatest))
+    finally:
+        session.close()
+        path.unlink()
+    if not ranges:
+        raise ExportError(f"{model.path.name}: expected inputs to measure ranges on, found none")
+    return ranges
+
+
+def plan_half(model: OnnxModel, ranges: Mapping[str, TensorRange], *, headroom: float) -> PrecisionPlan:
+    """Decide which operators may compute in float16.
+
+    Args:
+        model: the graph.
+        ranges: of its tensors; see `measure_ranges`.
+        headroom: how many times larger a tensor may be on other inputs.
+    """
+    import onnx
+
+    proto = _named(onnx.shape_inference.infer_shapes(onnx.load(model.path)))
+    floats = _float_tensors(proto)
+    constants = {tensor.name: tensor for tensor in proto.graph.initializer}
+    islands: dict[str, str] = {}
+    half = 0
+    made_by: dict[str, onnx.NodeProto] = {}
+    for node in proto.graph.node:
+        made_by |= dict.fromkeys(node.output, node)
+        if not any(name in floats for name in (*node.input, *node.output)):
+            continue  # shapes and indices
+        reason = _reason(node, ranges, constants, headroom=headroom)
+        if reason is None and node.op_type == "Div" and node.input[1] in made_by and made_by[node.input[1]].name in islands:
+            reason = "division: by what an island made, which may be as small as its epsilon"
+        if reason is not None:
+            islands[node.name] = reason
+        else:
+            half += 1
+    return PrecisionPlan(precision="fp16", islands=islands, half=half)
+
+
+def _reason(node: onnx.NodeProto, ranges: Mapping[str, TensorRange], constants: Mapping[str, onnx.TensorProto], *, headroom: float) -> str | None:
+    """Why an operator cannot compute in float16; None if it can."""
+    import onnx
+
+    if node.op_type in _FLOAT32_ONLY or any(attribute.type == onnx.AttributeProto.GRAPH for attribute in node.attribute):
+        return f"{node.op_type}: is float32 by definition"
+    largest = {name: ranges[name].largest * headroom for name in (*node.input, *node.output) if name in ranges}
+    over = next((name for name, value in largest.items() if value > HALF_MAX), None)
+    if over is not None:
+        return f"range: {over} reaches {largest[over] / headroom:.3g}"
+    if node.op_type in _SQUARES:
+        return "sum of squares: overflows before its result does"
+    for name in node.input:
+        tensor = constants.get(name)
+        if tensor is not None and tensor.data_type == onnx.TensorProto.FLOAT and math.prod(tensor.dims) == 1:
+            value = abs(float(onnx.numpy_helper.to_array(tensor).reshape(())))
+            if 0 < value < HALF_TINY or value > HALF_MAX:
+                return f"constant: {value:.3g}"
+    return None
+
+
+def apply_plan(model: OnnxModel, plan: PrecisionPlan, *, workdir: Path) -> OnnxModel:
+    """Write the typed graph: float16 weights and operators, casts around the islands, float32 inputs and outputs.
+
+    Args:
+        model: the graph in float32.
+        plan: made for it.
+        workdir: where `typed.onnx` goes.
+
+    Raises:
+        ExportError: a graph with control flow.
+    """
+    import onnx
+
+    proto = _named(onnx.shape_inference.infer_shapes(onnx.load(model.path)))
+    if any(attribute.type == onnx.AttributeProto.GRAPH for node in proto.graph.node for attribute in node.attribute):
+        raise ExportError(f"{model.path.name}: expected a graph without control flow for float16, found If or Loop", hint="use a float32 target")
+    writer = _Typed(proto, plan)
+    writer.rewrite()
+    metadata = {entry.key: entry.value for entry in proto.metadata_props}
+    return save_onnx(proto, workdir / "typed.onnx", inputs=model.inputs, outputs=model.outputs, metadata=metadata)
+
+
+class _Typed:
+    """A graph that is being given types. A tensor has the type of the operator that makes it; who needs the other reads it through a cast."""
+
+    def __init__(self, proto: onnx.ModelProto, plan: PrecisionPlan) -> None:
+        self._graph = proto.graph
+        self._plan = plan
+        self._floats = _float_tensors(proto)
+        self._constants = {tensor.name: tensor for tensor in proto.graph.initializer}
+        self._is_half: dict[str, bool] = {}
+        self._nodes: list[onnx.NodeProto] = []
+        self._casts: dict[tuple[str, bool], str] = {}
+
+    def rewrite(self) -> None:
+        outputs = {value.name for value in self._graph.output}
+        for node in list(self._graph.node):
+            is_half = node.name not in self._plan.islands and self._is_float(node)
+            fixed = _FLOAT32_INPUTS.get(node.op_type, frozenset())
+            for i, name in enumerate(node.input):
+                if name in self._floats:
+                    node.input[i] = self._read(name, half=is_half and i not in fixed)
+            if node.op_type == "Cast" and is_half:
+                self._retarget(node)
+            for i, name in enumerate(node.output):
+                if name in self._floats:
+                    self._is_half[name] = is_half
+                    if is_half and name in outputs:
+                        node.output[i] = f"{name}_half"
+            self._nodes.append(node)
+            for name in node.output:
+                if name.endswith("_half") and name.removesuffix("_half") in outputs:
+                    self._cast(name, name.removesuffix("_half"), half=False)
+                    self._is_half[name.removesuffix("_half")] = False
+        del self._graph.node[:]
+        self._graph.node.extend(self._nodes)
+        used = {name for node in self._nodes for name in node.input}
+        kept = [tensor for tensor in self._constants.values() if tensor.name in used]
+        del self._graph.initializer[:]
+        self._graph.initializer.extend(kept)
+
+    def _is_float(self, node: onnx.NodeProto) -> bool:
+        return any(name in self._floats for name in (*node.input, *node.output))
+
+    def _read(self, name: str, *, half: bool) -> str:
+        """The name under which a tensor is read in a type."""
+        if (name, half) in self._casts:
+            return self._casts[name, half]
+        if name in self._constants:
+            self._casts[name, half] = self._constant(name) if half else name
+        elif self._is_half.get(name, False) == half:
+            return name
+        else:
+            self._casts[name, half] = self._cast(name, f"{name}_{'half' if half else 'single'}", half=half)
+        return self._casts[name, half]
+
+    def _constant(self, name: str) -> str:
+        import onnx
+
+        value = onnx.numpy_helper.to_array(self._constants[name])
+        with np.errstate(over="ignore"):
+            half = np.clip(value, -HALF_MAX, HALF_MAX).astype(np.float16)
+        self._constants[f"{name}_half"] = onnx.numpy_helper.from_array(half, f"{name}_half")
+        return f"{name}_half"
+
+    def _cast(self, name: str, target: str, *, half: bool) -> str:
+        import onnx
+
+        kind = onnx.TensorProto.FLOAT16 if half else onnx.TensorProto.FLOAT
+        self._nodes.append(onnx.helper.make_node("Cast", [name], [target], name=f"cast_{target}", to=kind))
+        return target
+
+    def _retarget(self, node: onnx.NodeProto) -> None:
+        import onnx
+
+        for attribute in node.attribute:
+            if attribute.name == "to" and attribute.i == onnx.TensorProto.FLOAT:
+                attribute.i = onnx.TensorProto.FLOAT16
+
+
+def prescale_norms(model: OnnxModel, *, workdir: Path) -> OnnxModel:
+    """Rewrite ScaleNorm so that nothing in it overflows float16: x / clamp(m * (||x / m|| * d^-0.5), eps) with m = max(|x|, 1), which is the same number.
+
+    Source: arithmetic; each row is divided by its largest magnitude before it is squared, and the norm multiplied by it after the factor d^-0.5.
+
+    Args:
+        model: a graph with ReduceL2, Mul, Clip, Div over the last axis.
+        workdir: where `prescaled.onnx` goes.
+
+    Raises:
+        ExportError: there is no ScaleNorm.
+    """
+    import onnx
+
+    proto = _named(onnx.load(model.path))
+    graph = proto.graph
+    constants = {tensor.name for tensor in graph.initializer}
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    nodes: list[onnx.NodeProto] = []
+    factors: dict[str, str] = {}
+    rewritten = 0
+    for node in graph.node:
+        scale = readers.get(node.output[0], []) if node.op_type == "ReduceL2" else []
+        if len(scale) == 1 and scale[0].op_type == "Mul" and any(name in constants for name in scale[0].input):
+            x, prefix = node.input[0], f"prescale_{rewritten}"
+            graph.initializer.append(onnx.numpy_helper.from_array(np.array(1, dtype=np.float32), f"{prefix}_one"))
+            nodes += [
+                onnx.helper.make_node("Abs", [x], [f"{prefix}_abs"], name=f"{prefix}_abs"),
+                onnx.helper.make_node("ReduceMax", [f"{prefix}_abs"], [f"{prefix}_max"], name=f"{prefix}_max", axes=[-1], keepdims=1),
+                onnx.helper.make_node("Max", [f"{prefix}_max", f"{prefix}_one"], [f"{prefix}_m"], name=f"{prefix}_m"),
+                onnx.helper.make_node("Div", [x, f"{prefix}_m"], [f"{prefix}_x"], name=f"{prefix}_x"),
+            ]
+            node.input[0] = f"{prefix}_x"
+            factors[scale[0].name] = f"{prefix}_m"
+            rewritten += 1
+        nodes.append(node)
+        if node.name in factors:
+            (target,) = node.output
+            node.output[0] = f"{target}_unscaled"
+            nodes.append(onnx.helper.make_node("Mul", [node.output[0], factors[node.name]], [target], name=f"{node.name}_rescaled"))
+    if not rewritten:
+        raise ExportError(f"{model.path.name}: scale_norm: expected ScaleNorm (ReduceL2, Mul) in the graph, found none", hint='scale_norm = "island"')
+    del graph.node[:]
+    graph.node.extend(nodes)
+    metadata = {entry.key: entry.value for entry in proto.metadata_props}
+    return save_onnx(proto, workdir / "prescaled.onnx", inputs=model.inputs, outputs=model.outputs, metadata=metadata)
+
+
+def _named(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """With a name for every operator, the same each time, and its Constant nodes among the initializers."""
+    import onnx
+
+    kept = []
+    for i, node in enumerate(proto.graph.node):
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            node.attribute[0].t.name = node.output[0]
+            proto.graph.initializer.append(node.attribute[0].t)
+            continue
+        node.name = node.name or f"{node.op_type}_{i}"
+        kept.append(node)
+    del proto.graph.node[:]
+    proto.graph.node.extend(kept)
+    if len({node.name for node in kept}) != len(kept):
+        for i, node in enumerate(kept):
+            node.name = f"{node.name}_{i}"
+    return onnx.shape_inference.infer_shapes(proto)
+
+
+def _float_tensors(proto: onnx.ModelProto) -> set[str]:
+    """Names of all float32 tensors."""
+    import onnx
+
+    graph = proto.graph
+    values = [*graph.input, *graph.output, *graph.value_info]
+    named = {value.name for value in values if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT}
+    return named | {tensor.name for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT}
