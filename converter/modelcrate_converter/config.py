@@ -38,6 +38,18 @@ class NmsOptions(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_field
     pre_top_k: Positive = 5000
 
 
+class PrecisionOptions(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """What stays in float32 when the rest is float16; see `modelcrate_converter.precision`.
+
+    Attributes:
+        headroom: how many times larger a tensor may be on other images than on those that were measured.
+        scale_norm: "island" keeps ScaleNorm in float32; "prescaled" rewrites it, exactly, so that nothing in it overflows, for any precision.
+    """
+
+    headroom: Annotated[float, msgspec.Meta(ge=1)] = 16.0
+    scale_norm: Literal["island", "prescaled"] = "island"
+
+
 class Gates(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """The limits of parity with PyTorch; units in `deploy_configs/onnxruntime.toml`."""
 
@@ -92,6 +104,7 @@ class DeployConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fie
         target: the name of the config file without its suffix.
         backend: which builder and which session.
         precision: what the artefact computes in.
+        fp16: what stays in float32.
         needs: what the model must be.
     """
 
@@ -101,6 +114,7 @@ class DeployConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fie
     batch: Batch = Batch()
     onnx: OnnxOptions = OnnxOptions()
     nms: NmsOptions = NmsOptions()
+    fp16: PrecisionOptions = PrecisionOptions()
     gates: Gates = Gates()
     needs: ModelNeeds | None = None
 

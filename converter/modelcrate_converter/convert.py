@@ -19,14 +19,24 @@ from modelcrate_bundle.errors import ConfigError, ModelcrateError, OutputError, 
 from modelcrate_bundle.manifest import Manifest, ParityRecord, Provenance, Stage, Timing
 from modelcrate_bundle.tensors import ShapeRange
 from modelcrate_converter.architecture import read_architecture
-from modelcrate_converter.builders import BackendArtifact, build, check_can_build
+from modelcrate_converter.builders import BUILDERS, BackendArtifact, build, check_can_build
 from modelcrate_converter.checkpoint import read_checkpoint
 from modelcrate_converter.config import DeployConfig
 from modelcrate_converter.describe import describe_deploy, describe_detail, describe_pipeline, tool_versions
 from modelcrate_converter.export import OnnxModel, export_onnx
 from modelcrate_converter.exportable import ExportableModel, OnnxNetwork
 from modelcrate_converter.own_model import file_kind, read_own_model
-from modelcrate_converter.parity import ParityImage, check_parity, failed_gates, given_image, parity_rows, procedural_images, reference_result
+from modelcrate_converter.parity import (
+    ParityImage,
+    check_parity,
+    failed_gates,
+    given_image,
+    network_inputs,
+    parity_rows,
+    procedural_images,
+    reference_result,
+)  # fmt: skip
+from modelcrate_converter.precision import apply_plan, measure_ranges, plan_half, prescale_norms
 from modelcrate_converter.progress import Noted, Report, StageClock, ignore
 from modelcrate_converter.simplify import op_table, simplify
 from modelcrate_runtime.draw import draw_classes, draw_detections, draw_poses
@@ -217,8 +227,9 @@ def _build_bundle(
     clock: StageClock,
     conversion: Conversion,
 ) -> None:
-    """One target: build, compare, describe, commit."""
+    """One target: give the graph its types, build, compare, describe, commit."""
     with _work_folder() as folder:
+        canonical = _typed(model, config, images, canonical, Path(folder), clock)
         with clock.stage(f"build {config.target}") as detail:
             artifact = build(model, canonical, config, workdir=Path(folder))
             detail.append(", ".join(f"{path.name} {path.stat().st_size / 2**20:.1f} MiB" for path in artifact.files.values()))
@@ -249,6 +260,19 @@ def _build_bundle(
             )
             detail.append(str(conversion.place))
     conversion.status = "built"
+
+
+def _typed(model: ExportableModel, config: DeployConfig, images: Sequence[ParityImage], canonical: OnnxModel, workdir: Path, clock: StageClock) -> OnnxModel:
+    """The graph in the target's precision, where that is a matter of the graph."""
+    if config.fp16.scale_norm == "prescaled":
+        canonical = prescale_norms(canonical, workdir=workdir)
+    if config.precision not in BUILDERS[config.backend].typed:
+        return canonical
+    with clock.stage("plan precision") as detail:
+        ranges = measure_ranges(canonical, network_inputs(model, images), workdir=workdir)
+        plan = plan_half(canonical, ranges, headroom=config.fp16.headroom)
+        detail.append(plan.summary)
+        return apply_plan(canonical, plan, workdir=workdir)
 
 
 def _describe_manifest(

@@ -6,7 +6,7 @@ the runtime's own decoder: what differs is the network alone. A figure outside i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -104,6 +104,16 @@ def check_parity(model: ExportableModel, artifact: BackendArtifact, images: Sequ
         return record
     finally:
         session.close()
+
+
+def network_inputs(model: ExportableModel, images: Sequence[ParityImage]) -> Iterator[NDArray[np.float32]]:
+    """What the network sees of some images, one input after another, repeated where a fixed batch needs more: (n, C, H, W) float32."""
+    count = model.fixed_batch or 1
+    preprocessor = _preprocessor(model)
+    for image in images:
+        tensor = preprocessor.crops(image.image, image.boxes_xyxy)[0] if model.is_top_down else preprocessor.image(image.image)[0]
+        for row in tensor:
+            yield np.repeat(row[None], count, axis=0)
 
 
 def run_reference(model: ExportableModel, tensor: NDArray[np.float32]) -> Outputs:
@@ -329,11 +339,8 @@ def _check_classifier(model: ExportableModel, session: Session, images: Sequence
 
 def _check_tensors(model: ExportableModel, session: Session, images: Sequence[ParityImage], gates: Gates) -> ParityRecord:
     """What the tensors mean is the caller's business: they are compared as they are; one by one where inputs may have different numbers of rows."""
-    if model.is_top_down:
-        batch, _ = _crops(model, images)
-    else:
-        preprocessor = _preprocessor(model)
-        batch = np.concatenate([preprocessor.image(image.image)[0] for image in images])
+    preprocessor = _preprocessor(model)
+    batch = _crops(model, images)[0] if model.is_top_down else np.concatenate([preprocessor.image(image.image)[0] for image in images])
     parts = [batch] if model.fixed_batch is None else [row[None] for row in batch]
     pairs = [(_run_artifact(model, session, part), run_reference(model, part)) for part in parts]
     of_each = [[_output(spec.name, ours[spec.name], theirs[spec.name], gates.relative_linf) for ours, theirs in pairs] for spec in model.outputs]

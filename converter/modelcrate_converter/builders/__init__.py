@@ -50,17 +50,25 @@ class _BuilderModule(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Builder:
-    """One row of the table of builders: our module, the modules that it needs, and the extras that bring them beside `convert` and the backend's own."""
+    """One row of the table of builders.
+
+    Attributes:
+        module: our module.
+        needs: the modules that it needs.
+        extras: the extras that bring them beside `convert` and the backend's own.
+        typed: precisions that it takes as a typed graph, made by `modelcrate_converter.precision`; the others are its own business.
+    """
 
     module: str
     needs: tuple[str, ...]
     extras: tuple[str, ...] = ()
+    typed: tuple[str, ...] = ()
 
 
 _CONVERT: Final = ("torch", "onnx", "onnxsim", "onnxscript", "safetensors", "jinja2")
 """What every build needs, whatever the backend."""
 BUILDERS: Final[Mapping[str, Builder]] = {
-    "onnxruntime": Builder(module="modelcrate_converter.builders.onnxruntime_builder", needs=(*_CONVERT, "onnxruntime")),
+    "onnxruntime": Builder(module="modelcrate_converter.builders.onnxruntime_builder", needs=(*_CONVERT, "onnxruntime"), typed=("fp16",)),
     "openvino": Builder(module="modelcrate_converter.builders.openvino_builder", needs=(*_CONVERT, "openvino")),
     "ncnn": Builder(module="modelcrate_converter.builders.ncnn_builder", needs=(*_CONVERT, "ncnn", "pnnx"), extras=("pnnx",)),
 }

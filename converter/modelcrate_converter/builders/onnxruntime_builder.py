@@ -29,5 +29,11 @@ def build(model: ExportableModel, source: OnnxModel, config: DeployConfig, *, wo
     target = workdir / "end2end.onnx"
     shutil.copyfile(source.path, target)
     return BackendArtifact(
-        backend="onnxruntime", files={"net": target}, precision="fp32", inputs=source.inputs, outputs=source.outputs, has_nms=has_nms, raw={"net": raw.path}
+        backend="onnxruntime",
+        files={"net": target},
+        precision=config.precision,
+        inputs=source.inputs,
+        outputs=source.outputs,
+        has_nms=has_nms,
+        raw={"net": raw.path},
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import threading
 from typing import TYPE_CHECKING, Any, Final
 
@@ -41,8 +42,7 @@ class NcnnSession:
             BundleIntegrityError: the files are no network that ncnn can read.
             UnsupportedBundleError: an input without sizes, or a precision that ncnn does not have.
         """
-        import ncnn
-
+        ncnn: Any = importlib.import_module("ncnn")  # a binding without types
         if options.device != "cpu":
             raise ConfigError(f"device: expected cpu for ncnn, found {options.device!r}")
         if options.providers:
@@ -68,7 +68,7 @@ class NcnnSession:
         names = [spec.name for spec in self.inputs]
         if sorted(net.input_names()) != sorted(names):
             raise BundleIntegrityError(f"{path}: expected the inputs {', '.join(names)}, found {', '.join(net.input_names())}")
-        self._net = net
+        self._net: Any = net
         self._lock = threading.Lock()
         self._names: list[str] = list(net.output_names())
         zeros = {spec.name: np.zeros(tuple(dim for dim in spec.shape if isinstance(dim, int)), dtype=np.float32) for spec in self.inputs}
@@ -92,8 +92,7 @@ class NcnnSession:
     run_beside = run
 
     def _extract(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.generic]]:
-        import ncnn
-
+        ncnn: Any = importlib.import_module("ncnn")
         # An extractor belongs to one call; the network's memory pools are shared by all of them.
         with self._lock:
             extractor = self._net.create_extractor()
