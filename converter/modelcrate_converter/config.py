@@ -50,6 +50,26 @@ class PrecisionOptions(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown
     scale_norm: Literal["island", "prescaled"] = "island"
 
 
+class Int8Options(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """How INT8 is calibrated and emitted; see `modelcrate_converter.quantization`.
+
+    Attributes:
+        method: how a tensor's range is chosen: its ends, the ends of so many percent, or the least mean square error.
+        percentile: for "percentile".
+        scenes: procedural scenes to calibrate on, where no images are given.
+        activations: unsigned and asymmetric, or signed and symmetric.
+        quantize_results: whether a convolution's result is quantised too, or only what it reads.
+        search: when the gates fail, leave out the convolutions that matter most, as few as it takes.
+    """
+
+    method: Literal["minmax", "percentile", "mse"] = "percentile"
+    percentile: Annotated[float, msgspec.Meta(gt=50, le=100)] = 99.99
+    scenes: Positive = 32
+    activations: Literal["uint8", "int8"] = "uint8"
+    quantize_results: bool = True
+    search: bool = True
+
+
 class Gates(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """The limits of parity with PyTorch; units in `deploy_configs/onnxruntime.toml`."""
 
@@ -105,6 +125,7 @@ class DeployConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fie
         backend: which builder and which session.
         precision: what the artefact computes in.
         fp16: what stays in float32.
+        int8: how it is calibrated and emitted.
         needs: what the model must be.
     """
 
@@ -115,6 +136,7 @@ class DeployConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fie
     onnx: OnnxOptions = OnnxOptions()
     nms: NmsOptions = NmsOptions()
     fp16: PrecisionOptions = PrecisionOptions()
+    int8: Int8Options = Int8Options()
     gates: Gates = Gates()
     needs: ModelNeeds | None = None
 

@@ -28,6 +28,7 @@ from modelcrate_converter.exportable import ExportableModel, OnnxNetwork
 from modelcrate_converter.own_model import file_kind, read_own_model
 from modelcrate_converter.parity import (
     ParityImage,
+    calibration_inputs,
     check_parity,
     failed_gates,
     given_image,
@@ -38,6 +39,7 @@ from modelcrate_converter.parity import (
 )  # fmt: skip
 from modelcrate_converter.precision import apply_plan, measure_ranges, plan_half, prescale_norms
 from modelcrate_converter.progress import Noted, Report, StageClock, ignore
+from modelcrate_converter.quantization import Calibration, calibrate, emit_int8, sensitivities
 from modelcrate_converter.simplify import op_table, simplify
 from modelcrate_runtime.draw import draw_classes, draw_detections, draw_poses
 from modelcrate_runtime.images import encode_jpeg, read_image
@@ -229,15 +231,12 @@ def _build_bundle(
 ) -> None:
     """One target: give the graph its types, build, compare, describe, commit."""
     with _work_folder() as folder:
-        canonical = _typed(model, config, images, canonical, Path(folder), clock)
-        with clock.stage(f"build {config.target}") as detail:
-            artifact = build(model, canonical, config, workdir=Path(folder))
-            detail.append(", ".join(f"{path.name} {path.stat().st_size / 2**20:.1f} MiB" for path in artifact.files.values()))
-        record = ParityRecord(verified=False)
-        if options.verify:
-            with clock.stage("check parity") as detail:
-                record = check_parity(model, artifact, images, config.gates)
-                detail.append(f"{record.samples} inputs from {len(record.images)} images")
+        if config.fp16.scale_norm == "prescaled":
+            canonical = prescale_norms(canonical, workdir=Path(folder))
+        typed, calibration = _typed(model, config, images, canonical, Path(folder), clock)
+        artifact, record = _built_and_compared(model, config, options, images, typed, Path(folder), clock)
+        if calibration is not None and config.int8.search and options.verify and not record.passed:
+            artifact, record = _searched(model, config, options, images, canonical, calibration, Path(folder), clock)
         conversion.parity = record
         if options.verify and not record.passed:
             raise ParityError(
@@ -249,6 +248,8 @@ def _build_bundle(
         with clock.stage("write bundle") as detail:
             for role, path in artifact.files.items():
                 writer.add(path.name, role=role, content=path)
+            if calibration is not None:
+                writer.add("calibration.json", role="calibration", content=msgspec.json.format(msgspec.json.encode(calibration), indent=1) + b"\n")
             manifest = _describe_manifest(model, artifact, config, record, build_key, clock, target_id=conversion.id)
             pictures = _add_pictures(model, artifact, manifest, options, images, writer)
             writer.add("README.md", role="readme", content=_render_readme(manifest, pictures))
@@ -262,17 +263,62 @@ def _build_bundle(
     conversion.status = "built"
 
 
-def _typed(model: ExportableModel, config: DeployConfig, images: Sequence[ParityImage], canonical: OnnxModel, workdir: Path, clock: StageClock) -> OnnxModel:
-    """The graph in the target's precision, where that is a matter of the graph."""
-    if config.fp16.scale_norm == "prescaled":
-        canonical = prescale_norms(canonical, workdir=workdir)
+def _built_and_compared(
+    model: ExportableModel, config: DeployConfig, options: ConvertOptions, images: Sequence[ParityImage], typed: OnnxModel, workdir: Path, clock: StageClock
+) -> tuple[BackendArtifact, ParityRecord]:
+    with clock.stage(f"build {config.target}") as detail:
+        artifact = build(model, typed, config, workdir=workdir)
+        detail.append(", ".join(f"{path.name} {path.stat().st_size / 2**20:.1f} MiB" for path in artifact.files.values()))
+    if not options.verify:
+        return artifact, ParityRecord(verified=False)
+    with clock.stage("check parity") as detail:
+        record = check_parity(model, artifact, images, config.gates)
+        detail.append(f"{record.samples} inputs from {len(record.images)} images")
+    return artifact, record
+
+
+def _searched(
+    model: ExportableModel,
+    config: DeployConfig,
+    options: ConvertOptions,
+    images: Sequence[ParityImage],
+    canonical: OnnxModel,
+    calibration: Calibration,
+    workdir: Path,
+    clock: StageClock,
+) -> tuple[BackendArtifact, ParityRecord]:
+    """INT8 outside its gates: leave the convolutions that move the outputs most in float32, twice as many each time, until the rest is inside."""
+    with clock.stage("search sensitive layers") as detail:
+        inputs = list(network_inputs(model, images))[:4]
+        ranked = sensitivities(canonical, calibration, config.int8, inputs, workdir=workdir)
+        detail.append(f"{ranked[0].layer} moves the outputs by {ranked[0].error:.2g}, {ranked[-1].layer} by {ranked[-1].error:.1g}")
+    left_out = 1
+    while True:
+        names = [item.layer for item in ranked[:left_out]]
+        typed = emit_int8(canonical, calibration, config.int8, workdir=workdir, leave_out=names)
+        artifact, record = _built_and_compared(model, config, options, images, typed, workdir, clock)
+        if record.passed or 2 * left_out >= len(ranked):
+            clock.report(Noted(text=f"{left_out} of {len(ranked)} convolutions stay in float32: {', '.join(names[:6])}{' ...' if left_out > 6 else ''}"))
+            return artifact, record
+        left_out *= 2
+
+
+def _typed(
+    model: ExportableModel, config: DeployConfig, images: Sequence[ParityImage], canonical: OnnxModel, workdir: Path, clock: StageClock
+) -> tuple[OnnxModel, Calibration | None]:
+    """The graph in the target's precision, where that is a matter of the graph; and the calibration that it came from."""
     if config.precision not in BUILDERS[config.backend].typed:
-        return canonical
+        return canonical, None
+    if config.precision == "int8":
+        with clock.stage("calibrate") as detail:
+            calibration = calibrate(canonical, lambda: calibration_inputs(model, config.int8.scenes), config.int8, workdir=workdir)
+            detail.append(f"{len(calibration.ranges)} ranges from {calibration.inputs} inputs, {calibration.method}")
+        return emit_int8(canonical, calibration, config.int8, workdir=workdir), calibration
     with clock.stage("plan precision") as detail:
         ranges = measure_ranges(canonical, network_inputs(model, images), workdir=workdir)
         plan = plan_half(canonical, ranges, headroom=config.fp16.headroom)
         detail.append(plan.summary)
-        return apply_plan(canonical, plan, workdir=workdir)
+        return apply_plan(canonical, plan, workdir=workdir), None
 
 
 def _describe_manifest(

@@ -6,7 +6,7 @@ the runtime's own decoder: what differs is the network alone. A figure outside i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -106,7 +106,7 @@ def check_parity(model: ExportableModel, artifact: BackendArtifact, images: Sequ
         session.close()
 
 
-def network_inputs(model: ExportableModel, images: Sequence[ParityImage]) -> Iterator[NDArray[np.float32]]:
+def network_inputs(model: ExportableModel, images: Iterable[ParityImage]) -> Iterator[NDArray[np.float32]]:
     """What the network sees of some images, one input after another, repeated where a fixed batch needs more: (n, C, H, W) float32."""
     count = model.fixed_batch or 1
     preprocessor = _preprocessor(model)
@@ -114,6 +114,11 @@ def network_inputs(model: ExportableModel, images: Sequence[ParityImage]) -> Ite
         tensor = preprocessor.crops(image.image, image.boxes_xyxy)[0] if model.is_top_down else preprocessor.image(image.image)[0]
         for row in tensor:
             yield np.repeat(row[None], count, axis=0)
+
+
+def calibration_inputs(model: ExportableModel, scenes: int) -> Iterator[NDArray[np.float32]]:
+    """What the network sees of so many procedural scenes, the same ones each time: (n, C, H, W) float32, the figure's crop for pose models."""
+    yield from network_inputs(model, (_with_loose_box(name, image, box) for name, image, box in procedural_scenes(scenes)))
 
 
 def run_reference(model: ExportableModel, tensor: NDArray[np.float32]) -> Outputs:

@@ -18,7 +18,7 @@ import numpy as np
 
 from modelcrate_bundle.errors import ExportError
 from modelcrate_converter.export import OnnxModel, save_onnx
-from modelcrate_runtime.sessions import SessionOptions, open_artefact
+from modelcrate_converter.observe import float_tensors, normalized, observe
 
 if TYPE_CHECKING:
     import onnx
@@ -81,33 +81,14 @@ def measure_ranges(model: OnnxModel, inputs: Iterable[NDArray[np.float32]], *, w
     Raises:
         ExportError: there are no inputs, or a tensor is not finite already in float32.
     """
-    import onnx
-
-    proto = _named(onnx.shape_inference.infer_shapes(onnx.load(model.path)))
-    floats = _float_tensors(proto)
-    known = {value.name for value in proto.graph.output}
-    produced = [name for node in proto.graph.node for name in node.output if name in floats]
-    proto.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in produced if name not in known)
-    path = workdir / "measured.onnx"
-    onnx.save(proto, path)
-    session = open_artefact("onnxruntime", {"net": path}, SessionOptions(optimize=False), where=model.path.name)
     ranges: dict[str, TensorRange] = {}
-    try:
-        for tensor in inputs:
-            values = {model.inputs[0].name: tensor} | session.run({model.inputs[0].name: tensor})
-            for name, value in values.items():
-                if name not in floats or not value.size:
-                    continue
-                if not np.isfinite(value).all():
-                    raise ExportError(f"{model.path.name}: {name}: expected finite values in float32, found others", hint="is the checkpoint sound?")
-                found = TensorRange(least=float(value.min()), greatest=float(value.max()))
-                before = ranges.get(name, found)
-                ranges[name] = TensorRange(least=min(before.least, found.least), greatest=max(before.greatest, found.greatest))
-    finally:
-        session.close()
-        path.unlink()
-    if not ranges:
-        raise ExportError(f"{model.path.name}: expected inputs to measure ranges on, found none")
+    for values in observe(model, inputs, workdir=workdir):
+        for name, value in values.items():
+            found = TensorRange(least=float(value.min()), greatest=float(value.max()))
+            if not (math.isfinite(found.least) and math.isfinite(found.greatest)):
+                raise ExportError(f"{model.path.name}: {name}: expected finite values in float32, found others", hint="is the checkpoint sound?")
+            before = ranges.get(name, found)
+            ranges[name] = TensorRange(least=min(before.least, found.least), greatest=max(before.greatest, found.greatest))
     return ranges
 
 
@@ -121,8 +102,8 @@ def plan_half(model: OnnxModel, ranges: Mapping[str, TensorRange], *, headroom: 
     """
     import onnx
 
-    proto = _named(onnx.shape_inference.infer_shapes(onnx.load(model.path)))
-    floats = _float_tensors(proto)
+    proto = normalized(onnx.load(model.path))
+    floats = float_tensors(proto)
     constants = {tensor.name: tensor for tensor in proto.graph.initializer}
     islands: dict[str, str] = {}
     half = 0
@@ -175,7 +156,7 @@ def apply_plan(model: OnnxModel, plan: PrecisionPlan, *, workdir: Path) -> OnnxM
     """
     import onnx
 
-    proto = _named(onnx.shape_inference.infer_shapes(onnx.load(model.path)))
+    proto = normalized(onnx.load(model.path))
     if any(attribute.type == onnx.AttributeProto.GRAPH for node in proto.graph.node for attribute in node.attribute):
         raise ExportError(f"{model.path.name}: expected a graph without control flow for float16, found If or Loop", hint="use a float32 target")
     writer = _Typed(proto, plan)
@@ -190,7 +171,7 @@ class _Typed:
     def __init__(self, proto: onnx.ModelProto, plan: PrecisionPlan) -> None:
         self._graph = proto.graph
         self._plan = plan
-        self._floats = _float_tensors(proto)
+        self._floats = float_tensors(proto)
         self._constants = {tensor.name: tensor for tensor in proto.graph.initializer}
         self._is_half: dict[str, bool] = {}
         self._nodes: list[onnx.NodeProto] = []
@@ -276,7 +257,7 @@ def prescale_norms(model: OnnxModel, *, workdir: Path) -> OnnxModel:
     """
     import onnx
 
-    proto = _named(onnx.load(model.path))
+    proto = normalized(onnx.load(model.path))
     graph = proto.graph
     constants = {tensor.name for tensor in graph.initializer}
     readers: dict[str, list[onnx.NodeProto]] = {}
@@ -311,33 +292,3 @@ def prescale_norms(model: OnnxModel, *, workdir: Path) -> OnnxModel:
     graph.node.extend(nodes)
     metadata = {entry.key: entry.value for entry in proto.metadata_props}
     return save_onnx(proto, workdir / "prescaled.onnx", inputs=model.inputs, outputs=model.outputs, metadata=metadata)
-
-
-def _named(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """With a name for every operator, the same each time, and its Constant nodes among the initializers."""
-    import onnx
-
-    kept = []
-    for i, node in enumerate(proto.graph.node):
-        if node.op_type == "Constant" and node.attribute[0].name == "value":
-            node.attribute[0].t.name = node.output[0]
-            proto.graph.initializer.append(node.attribute[0].t)
-            continue
-        node.name = node.name or f"{node.op_type}_{i}"
-        kept.append(node)
-    del proto.graph.node[:]
-    proto.graph.node.extend(kept)
-    if len({node.name for node in kept}) != len(kept):
-        for i, node in enumerate(kept):
-            node.name = f"{node.name}_{i}"
-    return onnx.shape_inference.infer_shapes(proto)
-
-
-def _float_tensors(proto: onnx.ModelProto) -> set[str]:
-    """Names of all float32 tensors."""
-    import onnx
-
-    graph = proto.graph
-    values = [*graph.input, *graph.output, *graph.value_info]
-    named = {value.name for value in values if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT}
-    return named | {tensor.name for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT}

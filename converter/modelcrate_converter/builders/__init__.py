@@ -68,8 +68,8 @@ class Builder:
 _CONVERT: Final = ("torch", "onnx", "onnxsim", "onnxscript", "safetensors", "jinja2")
 """What every build needs, whatever the backend."""
 BUILDERS: Final[Mapping[str, Builder]] = {
-    "onnxruntime": Builder(module="modelcrate_converter.builders.onnxruntime_builder", needs=(*_CONVERT, "onnxruntime"), typed=("fp16",)),
-    "openvino": Builder(module="modelcrate_converter.builders.openvino_builder", needs=(*_CONVERT, "openvino")),
+    "onnxruntime": Builder(module="modelcrate_converter.builders.onnxruntime_builder", needs=(*_CONVERT, "onnxruntime"), typed=("fp16", "int8")),
+    "openvino": Builder(module="modelcrate_converter.builders.openvino_builder", needs=(*_CONVERT, "openvino", "onnxruntime"), typed=("int8",)),
     "ncnn": Builder(module="modelcrate_converter.builders.ncnn_builder", needs=(*_CONVERT, "ncnn", "pnnx"), extras=("pnnx",)),
 }
 """Backend name -> how to build for it."""
