@@ -35,7 +35,10 @@ def convert(
             metavar="[CHECKPOINT]...",
         ),
     ] = None,
-    target: Annotated[list[str] | None, typer.Option("--target", "-t", help="Deploy target, or the path of a deploy config. May be repeated.")] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option("--target", "-t", help="Deploy target, the path of a deploy config, or all: what this machine can build. May be repeated."),
+    ] = None,
     deploy_config: Annotated[
         list[Path] | None, typer.Option(help="MMDeploy's deploy config (.py), instead of -t. Parsed, never executed. May be repeated.")
     ] = None,
@@ -69,7 +72,7 @@ def convert(
         from modelcrate_converter.config import load_config, target_names
         from modelcrate_converter.mmdeploy_config import read_mmdeploy_config
 
-        configs = [_adjusted(load_config(t), exporter=exporter, nms=nms, simplify=simplify) for t in dict.fromkeys(target or [])]
+        configs = [_adjusted(load_config(t), exporter=exporter, nms=nms, simplify=simplify) for t in dict.fromkeys(_named_targets(target or []))]
         configs += [_adjusted(read_mmdeploy_config(path), exporter=exporter, nms=nms, simplify=simplify) for path in deploy_config or []]
         if not configs:
             raise typer.BadParameter(f"expected at least one of {', '.join(target_names())}, found none", param_hint="'--target' / '-t'")
@@ -87,6 +90,8 @@ def convert(
         if as_json:
             failed = [_failed_json(checkpoint, error) for checkpoint, error in failures]
             _write_json([_as_json(c, conversion) for c, conversion in conversions] + failed)
+        elif len(conversions) > 1:
+            _print_summary([conversion for _, conversion in conversions])
         errors = [conversion.error for _, conversion in conversions if conversion.error] + [error for _, error in failures]
         if len(errors) > 1:
             consoles()[1].print(f"{len(errors)} of {len(conversions) + len(failures)} failed; the first:", style="red")
@@ -243,6 +248,52 @@ def _adjusted(config: DeployConfig, *, exporter: str | None, nms: str | None, si
     onnx_changes: dict[str, Any] = ({"exporter": exporter} if exporter else {}) | ({} if simplify else {"simplify": False})
     config = msgspec.structs.replace(config, onnx=msgspec.structs.replace(config.onnx, **onnx_changes))
     return msgspec.structs.replace(config, nms=msgspec.structs.replace(config.nms, where=nms)) if nms else config
+
+
+def _named_targets(targets: list[str]) -> list[str]:
+    """With "all" as every target whose frameworks are installed; what is left out is said."""
+    if "all" not in targets:
+        return targets
+    from modelcrate_converter.builders import check_can_build
+    from modelcrate_converter.config import load_config, target_names
+
+    found = [target for target in targets if target != "all"]
+    for name in target_names():
+        try:
+            check_can_build(load_config(name).backend)
+        except MissingBackendError as error:
+            consoles()[1].print(f"{name}: left out: {error.hint}", style="dim", soft_wrap=True)
+        else:
+            found.append(name)
+    return found
+
+
+def _print_summary(conversions: list[Conversion]) -> None:
+    """One line per bundle: size of its network, the worst output and the pixels against PyTorch, median time of one call on one input, verdict."""
+    from rich.table import Table
+
+    from modelcrate_runtime.profiler import latency_ms
+    from modelcrate_runtime.sessions import SessionOptions, open_session
+
+    table = Table("bundle", "MiB", "relative L-inf", "shift: worst, mean", "ms", "verdict")
+    table.columns[0].no_wrap = table.columns[3].no_wrap = True
+    for column in table.columns[1:5]:
+        column.justify = "right"
+    for conversion in conversions:
+        record, bundle = conversion.parity, conversion.bundle
+        figures = [""] * 4
+        if record is not None and record.outputs:
+            figures[1] = f"{max(output.relative_linf for output in record.outputs):.1e}"
+        shift = next((p for p in record.pixels if p.name.endswith("_px") and p.count), None) if record is not None else None
+        if shift is not None:
+            figures[2] = f"{shift.worst:.2g}, {shift.mean:.2g} px"
+        if bundle is not None and bundle.manifest is not None:
+            figures[0] = f"{sum(entry.bytes for entry in bundle.manifest.files if entry.role in {'net', 'weights'}) / 2**20:.1f}"
+            session = open_session(bundle, SessionOptions())
+            figures[3] = f"{latency_ms(session):.2f}"
+            session.close()
+        table.add_row(conversion.id, *figures, conversion.status if conversion.error is None else str(conversion.error))
+    consoles()[0].print(table)
 
 
 def _given_networks(checkpoints: list[str], *, model: str | None, weights: str | None, spec: Path | None) -> list[str]:

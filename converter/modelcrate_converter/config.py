@@ -76,6 +76,7 @@ class Gates(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     relative_linf: Gate = 1e-4
     class_logits_linf: Gate = 1e-3
     distances_linf: Gate = 1e-4
+    peak_margin: Gate = 1e-4
     keypoint_px: Gate = 0.05
     keypoint_mean_px: Gate | None = None
     box_px: Gate = 0.05
