@@ -20,8 +20,12 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.status import Status
 
+    from modelcrate_bundle.bundle import Bundle
+    from modelcrate_bundle.manifest import ParityRecord
     from modelcrate_converter.config import DeployConfig
     from modelcrate_converter.convert import Conversion, ConvertOptions
+    from modelcrate_converter.exportable import ExportableModel
+    from modelcrate_converter.parity import ParityImage
     from modelcrate_converter.progress import Event
 
 
@@ -146,6 +150,97 @@ def people(
                 write_dataset(out, count=count, seed=seed, size_hw=(height, width), people=(least, most), report=report)
         what = f"people.mp4, {frames} frames" if frames else f"{count} picture{'s' if count != 1 else ''}"
         consoles()[0].print(f"wrote {out}: {what} and {ANNOTATIONS_NAME}", soft_wrap=True)
+
+
+_BUNDLE = typer.Argument(help="A bundle's folder or a zip of it.")
+_REFERENCE = typer.Option("--reference", "-r", help="What it was made from: checkpoint, URL, name of a published model, demo-det or demo-pose.")
+
+
+@app.command()
+def verify(
+    bundle: Annotated[Path, _BUNDLE],
+    reference: Annotated[str, _REFERENCE],
+    target: Annotated[str | None, typer.Option("--target", "-t", help="Whose gates; default: the bundle's own target.")] = None,
+    model_config: Annotated[Path | None, typer.Option(help="MMPose or MMDetection config, if it was converted with one.")] = None,
+    spec: Annotated[Path | None, typer.Option(help="Spec of a model of your own.")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="package.module:function of a model of your own.")] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="Image to compare on. May be repeated. Default: procedural images.")] = None,
+    offline: Annotated[bool, typer.Option(help="Take URLs from the cache only.")] = False,
+    as_json: Annotated[bool, JSON_OPTION] = False,
+) -> None:
+    """Compare a bundle with PyTorch again, on this machine: hashes first, then the outputs and the pixels."""
+    with exit_on_error():
+        from modelcrate_bundle.errors import ParityError
+        from modelcrate_converter.config import load_config
+        from modelcrate_converter.parity import failed_gates
+        from modelcrate_converter.verification import verify_bundle
+
+        opened, original, images = _with_reference(bundle, reference, model_config=model_config, spec=spec, model=model, image=image, offline=offline)
+        record = verify_bundle(opened, original, images, load_config(target) if target else None)
+        if as_json:
+            _write_json(write_record(record))
+        else:
+            _print_parity(consoles()[0], opened.name, record)
+        if not record.passed:
+            raise ParityError(
+                f"{opened.name}: expected every figure inside its gate, found {'; '.join(failed_gates(record))}",
+                hint=f"modelcrate bisect {bundle} -r {reference}",
+            )
+
+
+@app.command()
+def bisect(
+    bundle: Annotated[Path, _BUNDLE],
+    reference: Annotated[str, _REFERENCE],
+    tolerance: Annotated[float, typer.Option(min=0, help="Largest relative L-inf of a tensor that is right.")] = 1e-3,
+    model_config: Annotated[Path | None, typer.Option(help="MMPose or MMDetection config, if it was converted with one.")] = None,
+    spec: Annotated[Path | None, typer.Option(help="Spec of a model of your own.")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="package.module:function of a model of your own.")] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="Image to run on. Default: procedural images.")] = None,
+    offline: Annotated[bool, typer.Option(help="Take URLs from the cache only.")] = False,
+    as_json: Annotated[bool, JSON_OPTION] = False,
+) -> None:
+    """Find the first tensor inside a bundle's network that is not what PyTorch's float32 graph has."""
+    with exit_on_error():
+        from modelcrate_converter.verification import bisect_bundle
+
+        opened, original, images = _with_reference(bundle, reference, model_config=model_config, spec=spec, model=model, image=image, offline=offline)
+        found = bisect_bundle(opened, original, images)
+        first = next((i for i, item in enumerate(found) if not item.relative_linf <= tolerance), None)
+        if as_json:
+            _write_json({"first": found[first].tensor if first is not None else None, "tolerance": tolerance, "tensors": found})
+            return
+        out = consoles()[0]
+        if first is None:
+            worst = max((item.relative_linf for item in found), default=0.0)
+            out.print(f"{opened.name}: all {len(found)} tensors are within {tolerance:g} of PyTorch; the worst is at {worst:.2e}", soft_wrap=True)
+            return
+        from rich.table import Table
+
+        out.print(f"{opened.name}: tensor {first + 1} of {len(found)} is the first beyond {tolerance:g}", style="italic", soft_wrap=True)
+        table = Table("tensor", "made by", "relative L-inf")
+        for item in found[max(first - 3, 0) : first + 4]:
+            table.add_row(item.tensor, item.operator, f"{item.relative_linf:.2e}", style="bold red" if item is found[first] else "")
+        out.print(table)
+
+
+def _with_reference(
+    bundle: Path, reference: str, *, model_config: Path | None, spec: Path | None, model: str | None, image: list[Path] | None, offline: bool
+) -> tuple[Bundle, ExportableModel, list[ParityImage]]:
+    """An opened bundle with its hashes checked, what it was made from, and the images to run on."""
+    from modelcrate_bundle.bundle import Bundle
+    from modelcrate_converter.convert import ConvertOptions
+    from modelcrate_converter.parity import given_image, procedural_images
+    from modelcrate_converter.verification import read_reference
+    from modelcrate_runtime.images import read_image
+
+    opened = Bundle.open(bundle)
+    opened.verify()
+    with _Progress(consoles()[1]) as progress:
+        path, _ = _located(reference, ConvertOptions(out=Path(), spec=spec), offline=offline, sha256=None, report=progress.show)
+    assert path is not None  # only an empty text has no file
+    original = read_reference(opened, path, model_config=model_config, spec=spec, builder=model)
+    return opened, original, [given_image(file, read_image(file)) for file in image or []] or procedural_images()
 
 
 zoo_app = typer.Typer(
@@ -437,11 +532,23 @@ def _print_failure(errors: Console, error: ModelcrateError) -> None:
         errors.print(f"    hint: {error.hint}", soft_wrap=True)
 
 
-def _print_conversion(out: Console, conversion: Conversion) -> None:
+def _print_parity(out: Console, name: str, record: ParityRecord) -> None:
     from rich.table import Table
     from rich.text import Text
 
     from modelcrate_converter.parity import parity_rows
+
+    out.print(f"{name}: parity with {record.reference}", style="italic", soft_wrap=True)
+    table = Table()
+    for heading in ("what", "figure", "gate", ""):
+        table.add_column(heading)
+    for row in parity_rows(record):
+        table.add_row(row["what"], row["figure"], row["gate"], Text(row["ok"], style="green" if row["ok"] == "ok" else "bold red"))
+    out.print(table)
+
+
+def _print_conversion(out: Console, conversion: Conversion) -> None:
+    from rich.table import Table
 
     if conversion.status == "current":
         out.print(
@@ -460,13 +567,7 @@ def _print_conversion(out: Console, conversion: Conversion) -> None:
             table.add_row(name, str(before), str(after), style="bold" if before != after else "dim")
         out.print(table)
     if conversion.parity is not None and conversion.parity.verified:
-        out.print(f"{conversion.id}: parity with {conversion.parity.reference}", style="italic", soft_wrap=True)
-        table = Table()
-        for heading in ("what", "figure", "gate", ""):
-            table.add_column(heading)
-        for row in parity_rows(conversion.parity):
-            table.add_row(row["what"], row["figure"], row["gate"], Text(row["ok"], style="green" if row["ok"] == "ok" else "bold red"))
-        out.print(table)
+        _print_parity(out, conversion.id, conversion.parity)
     elif conversion.parity is not None and conversion.status == "built":
         out.print("NOT VERIFIED: nobody compared this bundle with PyTorch; the manifest says so", style="bold red")
     if conversion.bundle is not None and conversion.bundle.manifest is not None:

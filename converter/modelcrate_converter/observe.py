@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def observe(
     model: OnnxModel, inputs: Iterable[NDArray[np.float32]], *, workdir: Path, names: Collection[str] | None = None
 ) -> Iterator[dict[str, NDArray[Any]]]:
-    """Run a graph in ONNX Runtime as it stands, and show its float tensors.
+    """Run a graph in ONNX Runtime as it stands, and show its float tensors, half ones as they are.
 
     Args:
         model: the graph.
@@ -34,10 +34,11 @@ def observe(
     import onnx
 
     proto = normalized(onnx.load(model.path))
-    floats = float_tensors(proto)
+    kinds = dict.fromkeys(float_tensors(proto), onnx.TensorProto.FLOAT)
+    kinds |= {value.name: onnx.TensorProto.FLOAT16 for value in proto.graph.value_info if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT16}
     known = {value.name for value in proto.graph.output}
-    produced = [name for node in proto.graph.node for name in node.output if name in floats and (names is None or name in names)]
-    proto.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in produced if name not in known)
+    produced = [name for node in proto.graph.node for name in node.output if name in kinds and (names is None or name in names)]
+    proto.graph.output.extend(onnx.helper.make_tensor_value_info(name, kinds[name], None) for name in produced if name not in known)
     path = workdir / "observed.onnx"
     onnx.save(proto, path)
     try:
@@ -47,7 +48,7 @@ def observe(
             for tensor in inputs:
                 ran = True
                 values: dict[str, NDArray[Any]] = {model.inputs[0].name: tensor, **session.run({model.inputs[0].name: tensor})}
-                yield {name: value for name, value in values.items() if name in floats and (names is None or name in names) and value.size}
+                yield {name: value for name, value in values.items() if name in kinds and (names is None or name in names) and value.size}
         finally:
             session.close()
     finally:

@@ -236,12 +236,14 @@ def _check_detector(model: ExportableModel, artifact: BackendArtifact, session: 
         return _check_boxes(model, model.postprocess, session, images, batch, metas, gates)
     theirs = run_reference(model, batch)
     ours = _run_artifact(model, session, batch)
-    raw = ours
-    if artifact.has_nms:
+    raw = {} if artifact.has_nms else ours
+    if artifact.raw and artifact.has_nms:
         raw_session = open_artefact(artifact.backend, artifact.raw, SessionOptions(precision=artifact.precision), where=f"{model.name}: its raw head")
         raw = _run_artifact(model, raw_session, batch)
         raw_session.close()
-    outputs = [_output(name, raw[name], theirs[name], gates.class_logits_linf if name.startswith("cls_") else gates.distances_linf) for name in theirs]
+    outputs = [
+        _output(name, raw[name], theirs[name], gates.class_logits_linf if name.startswith("cls_") else gates.distances_linf) for name in theirs if name in raw
+    ]
     decoder = BoxDecoder(pipeline, geometry="exact", where=model.name)
     reference_decoder = BoxDecoder(describe_pipeline(model, has_nms=False), geometry="exact", where=model.name)
     facts = model.postprocess

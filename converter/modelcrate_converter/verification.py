@@ -1,0 +1,182 @@
+"""A bundle against its checkpoint, on any machine: the same comparison as when it was built; and, when it fails, the first tensor that is wrong."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from modelcrate_bundle.errors import BundleFormatError, ConfigError, UnsupportedBundleError
+from modelcrate_converter.architecture import read_architecture
+from modelcrate_converter.builders import BackendArtifact
+from modelcrate_converter.checkpoint import read_checkpoint
+from modelcrate_converter.config import DeployConfig, OnnxOptions, load_config, target_names
+from modelcrate_converter.export import OnnxModel, export_onnx
+from modelcrate_converter.observe import observe
+from modelcrate_converter.own_model import read_own_model
+from modelcrate_converter.parity import ParityImage, check_parity, network_inputs
+from modelcrate_converter.simplify import simplify
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from modelcrate_bundle.bundle import Bundle
+    from modelcrate_bundle.manifest import Manifest, ParityRecord
+    from modelcrate_converter.exportable import ExportableModel
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Divergence:
+    """One tensor in the graph's order, and how far the bundle's is from PyTorch's graph in float32: max |ours - theirs| / max |theirs|."""
+
+    tensor: str
+    operator: str
+    relative_linf: float
+
+
+def read_reference(
+    bundle: Bundle, checkpoint: Path, *, model_config: Path | None = None, spec: Path | None = None, builder: str | None = None
+) -> ExportableModel:
+    """The model that a bundle was made from.
+
+    Args:
+        bundle: ours: it has a manifest.
+        checkpoint: its checkpoint, or the file that it was made from.
+        model_config: as when it was converted.
+        spec: of a model of one's own.
+        builder: what makes its module.
+
+    Raises:
+        BundleFormatError: a bundle without a manifest.
+        ConfigError: another checkpoint than the bundle's.
+    """
+    manifest = _manifest(bundle)
+    if spec is not None:
+        model = read_own_model(spec, path=checkpoint, builder=builder, name=manifest.model)
+    else:
+        model = read_architecture(read_checkpoint(checkpoint), model_config=model_config, name=manifest.model)
+    if model.checkpoint[1] != manifest.provenance.checkpoint_sha256:
+        raise ConfigError(
+            f"{checkpoint}: expected the file that the bundle was made from (SHA-256 {manifest.provenance.checkpoint_sha256[:16]}), found {model.checkpoint[1][:16]}",
+            hint=f"it was {manifest.provenance.checkpoint}",
+        )
+    return model
+
+
+def verify_bundle(bundle: Bundle, model: ExportableModel, images: Sequence[ParityImage], config: DeployConfig | None = None) -> ParityRecord:
+    """Compare a bundle with the model that it was made from. A detector that suppresses in its graph is compared in boxes alone.
+
+    Args:
+        bundle: the bundle.
+        model: see `read_reference`.
+        images: what to compare on.
+        config: has the gates; None takes those of the bundle's target.
+    """
+    return check_parity(model, artifact_of(bundle), images, (config or _config_of(bundle)).gates)
+
+
+def artifact_of(bundle: Bundle) -> BackendArtifact:
+    """A bundle's network as its builder made it."""
+    manifest = _manifest(bundle)
+    entry = bundle.model
+    files = {"net": bundle.path_of(entry.net)} | ({"weights": bundle.path_of(entry.weights)} if entry.weights else {})
+    return BackendArtifact(
+        backend=entry.backend,
+        files=files,
+        precision=manifest.precision,
+        inputs=tuple(manifest.inputs),
+        outputs=tuple(manifest.outputs),
+        has_nms=bundle.pipeline.postprocess.component == "ResizeBBox",
+    )
+
+
+def bisect_bundle(bundle: Bundle, model: ExportableModel, images: Sequence[ParityImage]) -> list[Divergence]:
+    """Compare the inner tensors of a bundle with those of the float32 graph of its checkpoint, on the first input of the images.
+
+    Args:
+        bundle: for ONNX Runtime or OpenVINO: the others do not show their inner tensors by the graph's names.
+        model: see `read_reference`.
+        images: what to run on.
+
+    Returns:
+        The tensors that both have, in the graph's order.
+
+    Raises:
+        UnsupportedBundleError: another backend.
+    """
+    tensor = next(iter(network_inputs(model, images)))
+    with tempfile.TemporaryDirectory(prefix="modelcrate-") as folder:
+        workdir = Path(folder)
+        (workdir / "reference").mkdir()
+        graph = _reference_graph(model, workdir / "reference")
+        (theirs,) = observe(graph, [tensor], workdir=workdir)
+        ours = _inner_tensors(bundle, graph, tensor, names=list(theirs), workdir=workdir)
+        operators = _makers(graph)
+    order = [name for name in operators if name in theirs and name in ours and theirs[name].shape == ours[name].shape]
+    return [Divergence(tensor=name, operator=operators[name], relative_linf=_distance(ours[name], theirs[name])) for name in order]
+
+
+def _reference_graph(model: ExportableModel, workdir: Path) -> OnnxModel:
+    return simplify(export_onnx(model, OnnxOptions(), workdir=workdir), workdir=workdir, metadata={})
+
+
+def _inner_tensors(bundle: Bundle, graph: OnnxModel, tensor: NDArray[np.float32], *, names: list[str], workdir: Path) -> dict[str, NDArray[Any]]:
+    artifact = artifact_of(bundle)
+    if artifact.backend == "onnxruntime":
+        own = OnnxModel(path=artifact.files["net"], sha256="", opset=graph.opset, inputs=artifact.inputs, outputs=artifact.outputs, op_counts={})
+        (values,) = observe(own, [tensor], workdir=workdir)
+        return {name: values[name] for name in names if name in values}
+    if artifact.backend == "openvino":
+        return _openvino_tensors(artifact, tensor, names=names)
+    raise UnsupportedBundleError(
+        f"{bundle.root}: bisect: expected a bundle for onnxruntime or openvino, which show their inner tensors, found {artifact.backend}",
+        hint="modelcrate verify compares its outputs",
+    )
+
+
+def _openvino_tensors(artifact: BackendArtifact, tensor: NDArray[np.float32], *, names: list[str]) -> dict[str, NDArray[Any]]:
+    import openvino as ov
+
+    core: Any = ov.Core()
+    network = core.read_model(str(artifact.files["net"]), str(artifact.files["weights"]))
+    known = {name for operation in network.get_ordered_ops() for port in operation.outputs() for name in port.get_names()}
+    shown = [name for name in names if name in known]
+    have = {name for port in network.outputs for name in port.get_names()}
+    network.add_outputs([name for name in shown if name not in have])
+    hint = {"bf16": "bf16"}.get(artifact.precision, "f32")
+    request = core.compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": hint}).create_infer_request()
+    results = request.infer([tensor])
+    return {name: np.array(value) for port, value in results.items() for name in port.get_names() if name in shown}
+
+
+def _makers(graph: OnnxModel) -> dict[str, str]:
+    """Tensor -> the operator that makes it, in the graph's order."""
+    import onnx
+
+    return {name: node.op_type for node in onnx.load(graph.path).graph.node for name in node.output}
+
+
+def _distance(ours: NDArray[Any], theirs: NDArray[Any]) -> float:
+    difference = float(np.abs(ours.astype(np.float64) - theirs).max())
+    largest = float(np.abs(theirs).max())
+    return difference / largest if largest else difference
+
+
+def _manifest(bundle: Bundle) -> Manifest:
+    if bundle.manifest is None:
+        raise BundleFormatError(f"{bundle.root}: expected a bundle of modelcrate, found one without manifest.json", hint="convert its checkpoint again")
+    return bundle.manifest
+
+
+def _config_of(bundle: Bundle) -> DeployConfig:
+    manifest = _manifest(bundle)
+    if manifest.target in target_names():
+        return load_config(manifest.target)
+    raise ConfigError(
+        f"{bundle.root}: target: expected one of {', '.join(target_names())}, found {manifest.target!r}, whose gates are not known here",
+        hint="give its deploy config with -t",
+    )

@@ -1,0 +1,146 @@
+"""`verify` and `bisect`: a bundle against its checkpoint on any machine, and the first tensor that is wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from modelcrate_bundle.bundle import Bundle
+from modelcrate_bundle.errors import BundleFormatError, ConfigError, UnsupportedBundleError
+from modelcrate_converter.cli import app
+from modelcrate_converter.config import load_config
+from modelcrate_converter.convert import ConvertOptions, convert
+from modelcrate_converter.models.blueprints import random_weights, rtmdet_shapes, rtmpose_shapes
+from modelcrate_converter.parity import procedural_images
+from modelcrate_converter.verification import bisect_bundle, read_reference, verify_bundle
+from modelcrate_runtime.sessions import BACKENDS
+
+TARGETS = ["onnxruntime", "onnxruntime-fp16", "onnxruntime-int8", "openvino", "ncnn"]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    pose = rtmpose_shapes(widen=0.125, deepen=0.167, keypoints=5, input_hw=(96, 64), hidden=32, s=16)
+    detector = rtmdet_shapes(widen=0.0625, deepen=0.167, classes=2, separable=False)
+    torch.save({"state_dict": random_weights(pose, seed=3)}, folder / "pose.pth")
+    torch.save({"state_dict": random_weights(detector, seed=3), "meta": {"cfg": "test_pipeline = [dict(type='Resize', scale=(96, 96))]"}}, folder / "detector.pth")
+    return {"pose": folder / "pose.pth", "detector": folder / "detector.pth"}
+
+
+@pytest.fixture(scope="module")
+def bundle(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    out = tmp_path_factory.mktemp("crates")
+
+    def of(what: str, target: str) -> Path:
+        config = load_config(target)
+        if not BACKENDS[config.backend].is_installed:
+            pytest.skip(f"needs {config.backend}: {BACKENDS[config.backend].install_command}")
+        (conversion,) = convert(checkpoints[what], [config], ConvertOptions(out=out, verify=False))
+        assert conversion.error is None, conversion.error
+        return conversion.place
+
+    return of
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("what", ["pose", "detector"])
+def test_a_bundle_is_what_its_checkpoint_is(bundle: Callable[[str, str], Path], checkpoints: dict[str, Path], what: str, target: str) -> None:
+    opened = Bundle.open(bundle(what, target))
+    record = verify_bundle(opened, read_reference(opened, checkpoints[what]), procedural_images()[:1])
+    assert record.verified
+    assert record.pixels
+    if target in {"onnxruntime", "openvino", "ncnn"}:
+        assert record.passed
+
+
+def test_another_checkpoint_is_refused_by_its_hash(bundle: Callable[[str, str], Path], checkpoints: dict[str, Path]) -> None:
+    with pytest.raises(ConfigError, match="expected the file that the bundle was made from") as caught:
+        read_reference(Bundle.open(bundle("pose", "onnxruntime")), checkpoints["detector"])
+    assert "pose.pth" in caught.value.hint
+
+
+def test_a_bundle_without_a_manifest_has_nothing_to_be_compared_with(bundle: Callable[[str, str], Path], checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(bundle("pose", "onnxruntime"), tmp_path / "bare")
+    (tmp_path / "bare/manifest.json").unlink()
+    with pytest.raises(BundleFormatError, match=r"without manifest\.json"):
+        read_reference(Bundle.open(tmp_path / "bare"), checkpoints["pose"])
+
+
+def spoiled(place: Path, target: Path, *, layer: str) -> Path:
+    """A copy of an ONNX bundle in which one weight of a convolution is another; its hashes are not checked by who opens it only."""
+    shutil.copytree(place, target)
+    proto = onnx.load(target / "end2end.onnx")
+    (node,) = [node for node in proto.graph.node if node.op_type == "Conv" and layer in node.name]
+    (weights,) = [tensor for tensor in proto.graph.initializer if tensor.name == node.input[1]]
+    values = onnx.numpy_helper.to_array(weights).copy()
+    values[0, 0, values.shape[2] // 2, values.shape[3] // 2] += 0.5 * np.abs(values).max()
+    weights.CopyFrom(onnx.numpy_helper.from_array(values, weights.name))
+    onnx.save(proto, target / "end2end.onnx")
+    return target
+
+
+@pytest.mark.parametrize("layer", ["stem.1/conv", "stage3.0/conv", "final_layer"])
+def test_the_first_tensor_that_is_wrong_is_the_layer_that_was_spoiled(
+    bundle: Callable[[str, str], Path], checkpoints: dict[str, Path], tmp_path: Path, layer: str
+) -> None:
+    opened = Bundle.open(spoiled(bundle("pose", "onnxruntime"), tmp_path / "spoiled", layer=layer))
+    found = bisect_bundle(opened, read_reference(opened, checkpoints["pose"]), procedural_images()[:1])
+    first = next(item for item in found if item.relative_linf > 1e-4)
+    assert layer in first.tensor
+    assert first.operator == "Conv"
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+def test_a_sound_bundle_has_no_wrong_tensor(bundle: Callable[[str, str], Path], checkpoints: dict[str, Path], target: str) -> None:
+    opened = Bundle.open(bundle("pose", target))
+    found = bisect_bundle(opened, read_reference(opened, checkpoints["pose"]), procedural_images()[:1])
+    assert len(found) > 80
+    assert max(item.relative_linf for item in found) < 1e-4
+    assert found[-1].tensor in {"simcc_x", "simcc_y"}
+
+
+def test_half_tensors_are_compared_too(bundle: Callable[[str, str], Path], checkpoints: dict[str, Path]) -> None:
+    opened = Bundle.open(bundle("pose", "onnxruntime-fp16"))
+    found = bisect_bundle(opened, read_reference(opened, checkpoints["pose"]), procedural_images()[:1])
+    assert len(found) > 80
+    assert 1e-5 < max(item.relative_linf for item in found) < 0.05
+
+
+def test_ncnn_does_not_show_its_inner_tensors(bundle: Callable[[str, str], Path], checkpoints: dict[str, Path]) -> None:
+    opened = Bundle.open(bundle("pose", "ncnn"))
+    with pytest.raises(UnsupportedBundleError, match="expected a bundle for onnxruntime or openvino"):
+        bisect_bundle(opened, read_reference(opened, checkpoints["pose"]), procedural_images()[:1])
+
+
+def test_the_commands(bundle: Callable[[str, str], Path], checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    place, checkpoint = str(bundle("pose", "onnxruntime")), str(checkpoints["pose"])
+    shown = CliRunner().invoke(app, ["verify", place, "-r", checkpoint])
+    assert shown.exit_code == 0
+    assert "parity with PyTorch" in shown.output
+    as_json = CliRunner().invoke(app, ["verify", place, "-r", checkpoint, "--json"])
+    assert json.loads(as_json.stdout)["verified"] is True
+    found = CliRunner().invoke(app, ["bisect", place, "-r", checkpoint])
+    assert "are within 0.001 of PyTorch" in found.output
+    found = CliRunner().invoke(app, ["bisect", place, "-r", checkpoint, "--tolerance", "0", "--json"])
+    assert json.loads(found.stdout)["tolerance"] == 0.0
+    wrong = spoiled(Path(place), tmp_path / "spoiled", layer="stem.1/conv")
+    changed = CliRunner().invoke(app, ["verify", str(wrong), "-r", checkpoint])
+    assert changed.exit_code == 12
+    assert "Traceback" not in changed.output
+
+
+def test_a_bundle_outside_its_gates_is_an_error_with_the_next_step(bundle: Callable[[str, str], Path], checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    strict = tmp_path / "strict.toml"
+    strict.write_text('backend = "onnxruntime"\nprecision = "fp32"\n[gates]\nrelative_linf = 1e-12\n')
+    result = CliRunner().invoke(app, ["verify", str(bundle("pose", "onnxruntime")), "-r", str(checkpoints["pose"]), "-t", str(strict)])
+    assert result.exit_code == 9
+    assert "modelcrate bisect" in result.output
