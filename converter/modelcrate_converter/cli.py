@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from modelcrate_bundle.errors import ConfigError, MissingBackendError, ModelcrateError
 from modelcrate_bundle.schema import write_record
+from modelcrate_converter.console import Progress, print_conversion, print_failure, print_parity, print_summary
 from modelcrate_runtime.cli import JSON_OPTION, app, backend_rows, consoles, exit_on_error, print_backends, raise_if_interrupted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from rich.console import Console
-    from rich.status import Status
-
     from modelcrate_bundle.bundle import Bundle
-    from modelcrate_bundle.manifest import ParityRecord
     from modelcrate_converter.config import DeployConfig
     from modelcrate_converter.convert import Conversion, ConvertOptions
     from modelcrate_converter.exportable import ExportableModel
@@ -95,7 +91,7 @@ def convert(
             failed = [_failed_json(checkpoint, error) for checkpoint, error in failures]
             _write_json([_as_json(c, conversion) for c, conversion in conversions] + failed)
         elif len(conversions) > 1:
-            _print_summary([conversion for _, conversion in conversions])
+            print_summary(consoles()[0], [conversion for _, conversion in conversions])
         errors = [conversion.error for _, conversion in conversions if conversion.error] + [error for _, error in failures]
         if len(errors) > 1:
             consoles()[1].print(f"{len(errors)} of {len(conversions) + len(failures)} failed; the first:", style="red")
@@ -180,7 +176,7 @@ def verify(
         if as_json:
             _write_json(write_record(record))
         else:
-            _print_parity(consoles()[0], opened.name, record)
+            print_parity(consoles()[0], opened.name, record)
         if not record.passed:
             raise ParityError(
                 f"{opened.name}: expected every figure inside its gate, found {'; '.join(failed_gates(record))}",
@@ -236,7 +232,7 @@ def _with_reference(
 
     opened = Bundle.open(bundle)
     opened.verify()
-    with _Progress(consoles()[1]) as progress:
+    with Progress(consoles()[1]) as progress:
         path, _ = _located(reference, ConvertOptions(out=Path(), spec=spec), offline=offline, sha256=None, report=progress.show)
     assert path is not None  # only an empty text has no file
     original = read_reference(opened, path, model_config=model_config, spec=spec, builder=model)
@@ -312,7 +308,7 @@ def zoo_fetch(
 
         models = [get_model(name) for name in names]
         for model in models:
-            with _Progress(consoles()[1]) as progress:
+            with Progress(consoles()[1]) as progress:
                 path = fetch_model(model, cache_dir=default_cache_dir(), offline=offline, report=progress.show)
             consoles()[0].print(str(path), soft_wrap=True)
 
@@ -363,34 +359,6 @@ def _named_targets(targets: list[str]) -> list[str]:
     return found
 
 
-def _print_summary(conversions: list[Conversion]) -> None:
-    """One line per bundle: size of its network, the worst output and the pixels against PyTorch, median time of one call on one input, verdict."""
-    from rich.table import Table
-
-    from modelcrate_runtime.profiler import latency_ms
-    from modelcrate_runtime.sessions import SessionOptions, open_session
-
-    table = Table("bundle", "MiB", "relative L-inf", "shift: worst, mean", "ms", "verdict")
-    table.columns[0].no_wrap = table.columns[3].no_wrap = True
-    for column in table.columns[1:5]:
-        column.justify = "right"
-    for conversion in conversions:
-        record, bundle = conversion.parity, conversion.bundle
-        figures = [""] * 4
-        if record is not None and record.outputs:
-            figures[1] = f"{max(output.relative_linf for output in record.outputs):.1e}"
-        shift = next((p for p in record.pixels if p.name.endswith("_px") and p.count), None) if record is not None else None
-        if shift is not None:
-            figures[2] = f"{shift.worst:.2g}, {shift.mean:.2g} px"
-        if bundle is not None and bundle.manifest is not None:
-            figures[0] = f"{sum(entry.bytes for entry in bundle.manifest.files if entry.role in {'net', 'weights'}) / 2**20:.1f}"
-            session = open_session(bundle, SessionOptions())
-            figures[3] = f"{latency_ms(session):.2f}"
-            session.close()
-        table.add_row(conversion.id, *figures, conversion.status if conversion.error is None else str(conversion.error))
-    consoles()[0].print(table)
-
-
 def _given_networks(checkpoints: list[str], *, model: str | None, weights: str | None, spec: Path | None) -> list[str]:
     """What is to be converted, one text each; empty for a network that `--model` makes with its weights.
 
@@ -424,7 +392,7 @@ def _convert_all(
     failures: list[tuple[str, ModelcrateError]] = []
     owners: dict[str, str] = {}
     for text in checkpoints:
-        progress = _Progress(errors)
+        progress = Progress(errors)
         try:
             with progress:
                 path, chosen = _located(text, options, offline=offline, sha256=sha256, report=progress.show)
@@ -433,15 +401,15 @@ def _convert_all(
         except ModelcrateError as error:
             failures.append((text or str(options.builder), error))
             if len(checkpoints) > 1:
-                _print_failure(errors, error)
+                print_failure(errors, error)
             continue
         for conversion in made:
             owners.setdefault(conversion.id, text)
             conversions.append((text or str(options.builder), conversion))
             if not as_json:
-                _print_conversion(out, conversion)
+                print_conversion(out, conversion)
             if conversion.error is not None and len(checkpoints) * len(configs) > 1:
-                _print_failure(errors, conversion.error)
+                print_failure(errors, conversion.error)
     return conversions, failures
 
 
@@ -469,116 +437,6 @@ def _located(text: str, options: ConvertOptions, *, offline: bool, sha256: str |
         )
     file = fetch_model(model, cache_dir=default_cache_dir(), offline=offline, report=report)
     return file, replace(options, name=options.name or model.name, keypoints=model.keypoints)
-
-
-class _Progress:
-    """Draws the events of a conversion: a spinner for the stage that runs, a line with its seconds when it ends."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._status: Status | None = None
-        self._drawn = 0.0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop()
-
-    def show(self, event: Event) -> None:
-        """Draw one event; between two of them is also where an interruption that a library swallowed comes through."""
-        raise_if_interrupted()
-        from rich.text import Text
-
-        from modelcrate_converter.progress import Advanced, Noted, StageFinished, StageStarted
-
-        if isinstance(event, StageStarted):
-            self._start(event.name)
-        elif isinstance(event, StageFinished):
-            self._stop()
-            line = Text.assemble("  ", ("done", "green"), f" {event.name:<24} {event.seconds:7.2f} s  ", (event.detail, "dim"))
-            self._console.print(line, soft_wrap=True)
-        elif isinstance(event, Noted):
-            style = "yellow" if event.level == "warning" else "dim"
-            self._console.print(f"  note {event.text}", style=style, soft_wrap=True)
-        elif isinstance(event, Advanced):
-            self._advance(event.name, event.done, event.total)
-
-    def _advance(self, name: str, done: int, total: int | None) -> None:
-        share = f" of {total / 2**20:.1f} MiB ({100 * done // max(total, 1)} %)" if total else " MiB"
-        text = f"{name}: {done / 2**20:.1f}{share}"
-        if self._console.is_terminal:
-            self._start(text)
-        elif (total is not None and done == total) or time.monotonic() - self._drawn > 5:
-            self._drawn = time.monotonic()
-            self._console.print(f"  {text}")
-
-    def _start(self, text: str) -> None:
-        if self._status is None:
-            self._status = self._console.status(text)
-            self._status.start()
-        else:
-            self._status.update(text)
-
-    def _stop(self) -> None:
-        if self._status is not None:
-            self._status.stop()
-            self._status = None
-
-
-def _print_failure(errors: Console, error: ModelcrateError) -> None:
-    errors.print(f"  failed: {error}", style="red", soft_wrap=True)
-    if error.hint:
-        errors.print(f"    hint: {error.hint}", soft_wrap=True)
-
-
-def _print_parity(out: Console, name: str, record: ParityRecord) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    from modelcrate_converter.parity import parity_rows
-
-    out.print(f"{name}: parity with {record.reference}", style="italic", soft_wrap=True)
-    table = Table()
-    for heading in ("what", "figure", "gate", ""):
-        table.add_column(heading)
-    for row in parity_rows(record):
-        table.add_row(row["what"], row["figure"], row["gate"], Text(row["ok"], style="green" if row["ok"] == "ok" else "bold red"))
-    out.print(table)
-
-
-def _print_conversion(out: Console, conversion: Conversion) -> None:
-    from rich.table import Table
-
-    if conversion.status == "current":
-        out.print(
-            f"{conversion.place}: up to date (same checkpoint, config, images and tools; hashes checked). --force builds it again.",
-            markup=False,
-            soft_wrap=True,
-        )
-        return
-    if conversion.op_changes:
-        out.print(f"{conversion.id}: operators", style="italic", soft_wrap=True)
-        table = Table(show_footer=True)
-        table.add_column("operator", "all")
-        table.add_column("exported", str(sum(before for _, before, _ in conversion.op_changes)), justify="right")
-        table.add_column("simplified", str(sum(after for _, _, after in conversion.op_changes)), justify="right")
-        for name, before, after in conversion.op_changes:
-            table.add_row(name, str(before), str(after), style="bold" if before != after else "dim")
-        out.print(table)
-    if conversion.parity is not None and conversion.parity.verified:
-        _print_parity(out, conversion.id, conversion.parity)
-    elif conversion.parity is not None and conversion.status == "built":
-        out.print("NOT VERIFIED: nobody compared this bundle with PyTorch; the manifest says so", style="bold red")
-    if conversion.bundle is not None and conversion.bundle.manifest is not None:
-        out.print(str(conversion.place), style="italic", soft_wrap=True)
-        table = Table()
-        table.add_column("file")
-        table.add_column("bytes", justify="right")
-        table.add_column("SHA-256")
-        for entry in conversion.bundle.manifest.files:
-            table.add_row(entry.path, str(entry.bytes), entry.sha256[:16])
-        out.print(table)
 
 
 def _as_json(checkpoint: str, conversion: Conversion) -> dict[str, Any]:

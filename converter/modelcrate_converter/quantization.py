@@ -163,7 +163,9 @@ def emit_int8(
         from onnxruntime import quantization as ort
         from onnxruntime.quantization.calibrate import save_tensors_data
 
-        data = {name: ort.calibrate.TensorData(lowest=np.float32(low), highest=np.float32(high)) for name, (low, high) in calibration.ranges.items()}
+        data: dict[str, Any] = {
+            name: ort.calibrate.TensorData(lowest=np.float32(low), highest=np.float32(high)) for name, (low, high) in calibration.ranges.items()
+        }
         save_tensors_data(ort.calibrate.TensorsData(ort.CalibrationMethod.MinMax, data), cache)
         kind = {"uint8": ort.QuantType.QUInt8, "int8": ort.QuantType.QInt8}[options.activations]
         ort.quantize_static(
