@@ -6,11 +6,12 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from modelcrate_bundle.errors import ExportError
 from modelcrate_runtime.sessions import SessionOptions, open_artefact
 
 if TYPE_CHECKING:
-    import numpy as np
     import onnx
     from numpy.typing import NDArray
 
@@ -63,9 +64,10 @@ def normalized(proto: onnx.ModelProto) -> onnx.ModelProto:
 
     kept = []
     for i, node in enumerate(proto.graph.node):
-        if node.op_type == "Constant" and node.attribute[0].name == "value":
-            node.attribute[0].t.name = node.output[0]
-            proto.graph.initializer.append(node.attribute[0].t)
+        value = _constant_value(node)
+        if value is not None:
+            value.name = node.output[0]
+            proto.graph.initializer.append(value)
             continue
         node.name = node.name or f"{node.op_type}_{i}"
         kept.append(node)
@@ -75,6 +77,20 @@ def normalized(proto: onnx.ModelProto) -> onnx.ModelProto:
         for i, node in enumerate(kept):
             node.name = f"{node.name}_{i}"
     return onnx.shape_inference.infer_shapes(proto)
+
+
+def _constant_value(node: onnx.NodeProto) -> onnx.TensorProto | None:
+    """What a Constant node says, whichever of its attributes says it; None for other operators, text and sparse tensors."""
+    import onnx
+
+    if node.op_type != "Constant":
+        return None
+    (attribute,) = node.attribute
+    dtype = {"value_float": "float32", "value_floats": "float32", "value_int": "int64", "value_ints": "int64"}.get(attribute.name)
+    value: onnx.TensorProto | None = attribute.t if attribute.name == "value" else None
+    if dtype is not None:
+        value = onnx.numpy_helper.from_array(np.array(onnx.helper.get_attribute_value(attribute), dtype=dtype))
+    return value
 
 
 def float_tensors(proto: onnx.ModelProto) -> set[str]:

@@ -259,8 +259,12 @@ def _check_boxes(
     ours: list[Detections] = []
     theirs: list[Detections] = []
     for row, meta in zip(batch, metas, strict=True):
-        ours += decoder.decode(_run_artifact(model, session, row[None]), [meta])
-        theirs += decoder.decode(run_reference(model, row[None]), [meta])
+        mine, reference = _run_artifact(model, session, row[None]), run_reference(model, row[None])
+        for name, value in reference.items():
+            if mine[name].ndim != value.ndim:
+                raise ExportError(f"{model.name}: expected {name} with {value.ndim} axes, found {list(mine[name].shape)}", hint="run again with --no-simplify")
+        ours += decoder.decode(mine, [meta])
+        theirs += decoder.decode(reference, [meta])
     pixels = _box_figures(ours, theirs, gates, score_thr=facts.score_thr, most=None)
     return ParityRecord(verified=True, images=[image.name for image in images], samples=len(batch), pixels=pixels)
 

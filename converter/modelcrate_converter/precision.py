@@ -29,9 +29,14 @@ HALF_TINY: Final = 2.0**-14
 """Smallest normal float16: below it digits go, and some devices flush to zero."""
 _SQUARES: Final = frozenset({"ReduceL2", "ReduceSumSquare", "ReduceLogSumExp", "ReduceLogSum"})
 """Sums of squares or exponentials: inside, they are larger than anything that goes in or comes out."""
-_FLOAT32_ONLY: Final = frozenset({"NonMaxSuppression", "TopK", "ConstantOfShape", "Range", "RandomNormal", "RandomUniform", "EyeLike", "Multinomial"})
+_FLOAT32_ONLY: Final = frozenset({
+    "NonMaxSuppression", "TopK", "ConstantOfShape", "Range", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "EyeLike",
+    "Multinomial", "Celu", "IsInf", "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "TfIdfVectorizer",
+})  # fmt: skip
 _FLOAT32_INPUTS: Final[Mapping[str, frozenset[int]]] = {"Resize": frozenset({1, 2}), "Upsample": frozenset({1})}
 """Inputs that are float32 by definition, whatever the operator computes in."""
+_CARRIERS: Final = frozenset({"Expand", "Flatten", "Identity", "Reshape", "Sqrt", "Squeeze", "Transpose", "Unsqueeze"})
+"""What may stand between an epsilon and the division by it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,20 +111,25 @@ def plan_half(model: OnnxModel, ranges: Mapping[str, TensorRange], *, headroom: 
     floats = float_tensors(proto)
     constants = {tensor.name: tensor for tensor in proto.graph.initializer}
     islands: dict[str, str] = {}
-    half = 0
+    count = 0
     made_by: dict[str, onnx.NodeProto] = {}
     for node in proto.graph.node:
         made_by |= dict.fromkeys(node.output, node)
         if not any(name in floats for name in (*node.input, *node.output)):
             continue  # shapes and indices
+        count += 1
         reason = _reason(node, ranges, constants, headroom=headroom)
-        if reason is None and node.op_type == "Div" and node.input[1] in made_by and made_by[node.input[1]].name in islands:
-            reason = "division: by what an island made, which may be as small as its epsilon"
         if reason is not None:
             islands[node.name] = reason
-        else:
-            half += 1
-    return PrecisionPlan(precision="fp16", islands=islands, half=half)
+        if node.op_type in {"Div", "Reciprocal"}:
+            chain, divisor = [node], made_by.get(node.input[-1])
+            while divisor is not None and divisor.name not in islands and divisor.op_type in _CARRIERS:
+                chain.append(divisor)
+                divisor = made_by.get(divisor.input[0])
+            if divisor is not None and divisor.name in islands:
+                for one in chain:
+                    islands.setdefault(one.name, "division: by what an island made, which may be as small as its epsilon")
+    return PrecisionPlan(precision="fp16", islands=islands, half=count - len(islands))
 
 
 def _reason(node: onnx.NodeProto, ranges: Mapping[str, TensorRange], constants: Mapping[str, onnx.TensorProto], *, headroom: float) -> str | None:
@@ -136,8 +146,8 @@ def _reason(node: onnx.NodeProto, ranges: Mapping[str, TensorRange], constants: 
         return "sum of squares: overflows before its result does"
     for name in node.input:
         tensor = constants.get(name)
-        if tensor is not None and tensor.data_type == onnx.TensorProto.FLOAT and math.prod(tensor.dims) == 1:
-            value = abs(float(onnx.numpy_helper.to_array(tensor).reshape(())))
+        if tensor is not None and tensor.data_type == onnx.TensorProto.FLOAT:
+            value = float(np.abs(onnx.numpy_helper.to_array(tensor)).max(initial=0))
             if 0 < value < HALF_TINY or value > HALF_MAX:
                 return f"constant: {value:.3g}"
     return None
@@ -176,6 +186,8 @@ class _Typed:
         self._is_half: dict[str, bool] = {}
         self._nodes: list[onnx.NodeProto] = []
         self._casts: dict[tuple[str, bool], str] = {}
+        self._taken = {name for node in proto.graph.node for name in (node.name, *node.input, *node.output)}
+        self._taken |= {value.name for value in (*proto.graph.input, *proto.graph.output, *proto.graph.initializer)}
 
     def rewrite(self) -> None:
         outputs = {value.name for value in self._graph.output}
@@ -187,19 +199,16 @@ class _Typed:
                     node.input[i] = self._read(name, half=is_half and i not in fixed)
             if node.op_type == "Cast" and is_half:
                 self._retarget(node)
+            self._nodes.append(node)
             for i, name in enumerate(node.output):
                 if name in self._floats:
-                    self._is_half[name] = is_half
+                    self._is_half[name] = is_half and name not in outputs
                     if is_half and name in outputs:
-                        node.output[i] = f"{name}_half"
-            self._nodes.append(node)
-            for name in node.output:
-                if name.endswith("_half") and name.removesuffix("_half") in outputs:
-                    self._cast(name, name.removesuffix("_half"), half=False)
-                    self._is_half[name.removesuffix("_half")] = False
+                        self._casts[name, True] = node.output[i] = self._free(f"{name}_half")
+                        self._cast(node.output[i], name, half=False)
         del self._graph.node[:]
         self._graph.node.extend(self._nodes)
-        used = {name for node in self._nodes for name in node.input}
+        used = outputs.union(*(node.input for node in self._nodes))
         kept = [tensor for tensor in self._constants.values() if tensor.name in used]
         del self._graph.initializer[:]
         self._graph.initializer.extend(kept)
@@ -216,7 +225,7 @@ class _Typed:
         elif self._is_half.get(name, False) == half:
             return name
         else:
-            self._casts[name, half] = self._cast(name, f"{name}_{'half' if half else 'single'}", half=half)
+            self._casts[name, half] = self._cast(name, self._free(f"{name}_{'half' if half else 'single'}"), half=half)
         return self._casts[name, half]
 
     def _constant(self, name: str) -> str:
@@ -225,14 +234,22 @@ class _Typed:
         value = onnx.numpy_helper.to_array(self._constants[name])
         with np.errstate(over="ignore"):
             half = np.clip(value, -HALF_MAX, HALF_MAX).astype(np.float16)
-        self._constants[f"{name}_half"] = onnx.numpy_helper.from_array(half, f"{name}_half")
-        return f"{name}_half"
+        target = self._free(f"{name}_half")
+        self._constants[target] = onnx.numpy_helper.from_array(half, target)
+        return target
+
+    def _free(self, name: str) -> str:
+        """A name that nothing has yet."""
+        while name in self._taken:
+            name += "_"
+        self._taken.add(name)
+        return name
 
     def _cast(self, name: str, target: str, *, half: bool) -> str:
         import onnx
 
         kind = onnx.TensorProto.FLOAT16 if half else onnx.TensorProto.FLOAT
-        self._nodes.append(onnx.helper.make_node("Cast", [name], [target], name=f"cast_{target}", to=kind))
+        self._nodes.append(onnx.helper.make_node("Cast", [name], [target], name=self._free(f"cast_{target}"), to=kind))
         return target
 
     def _retarget(self, node: onnx.NodeProto) -> None:
@@ -249,7 +266,7 @@ def prescale_norms(model: OnnxModel, *, workdir: Path) -> OnnxModel:
     Source: arithmetic; each row is divided by its largest magnitude before it is squared, and the norm multiplied by it after the factor d^-0.5.
 
     Args:
-        model: a graph with ReduceL2, Mul, Clip, Div over the last axis.
+        model: a graph with ReduceL2, Mul, Clip, Div over the last axis; norms over other axes stay as they are.
         workdir: where `prescaled.onnx` goes.
 
     Raises:
@@ -259,7 +276,9 @@ def prescale_norms(model: OnnxModel, *, workdir: Path) -> OnnxModel:
 
     proto = normalized(onnx.load(model.path))
     graph = proto.graph
-    constants = {tensor.name for tensor in graph.initializer}
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    outputs = {value.name for value in graph.output}
+    ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in (*graph.input, *graph.output, *graph.value_info)}
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
         for name in node.input:
@@ -268,13 +287,20 @@ def prescale_norms(model: OnnxModel, *, workdir: Path) -> OnnxModel:
     factors: dict[str, str] = {}
     rewritten = 0
     for node in graph.node:
-        scale = readers.get(node.output[0], []) if node.op_type == "ReduceL2" else []
+        is_norm = node.op_type == "ReduceL2" and node.output[0] not in outputs and _keeps_last_axis(node, constants, rank=ranks.get(node.input[0], 0))
+        scale = readers.get(node.output[0], []) if is_norm else []
         if len(scale) == 1 and scale[0].op_type == "Mul" and any(name in constants for name in scale[0].input):
             x, prefix = node.input[0], f"prescale_{rewritten}"
             graph.initializer.append(onnx.numpy_helper.from_array(np.array(1, dtype=np.float32), f"{prefix}_one"))
+            largest = onnx.helper.make_node("ReduceMax", [f"{prefix}_abs"], [f"{prefix}_max"], name=f"{prefix}_max", keepdims=1)
+            if model.opset < 18:
+                largest.attribute.append(onnx.helper.make_attribute("axes", [-1]))
+            else:
+                graph.initializer.append(onnx.numpy_helper.from_array(np.array([-1], dtype=np.int64), f"{prefix}_axes"))
+                largest.input.append(f"{prefix}_axes")
             nodes += [
                 onnx.helper.make_node("Abs", [x], [f"{prefix}_abs"], name=f"{prefix}_abs"),
-                onnx.helper.make_node("ReduceMax", [f"{prefix}_abs"], [f"{prefix}_max"], name=f"{prefix}_max", axes=[-1], keepdims=1),
+                largest,
                 onnx.helper.make_node("Max", [f"{prefix}_max", f"{prefix}_one"], [f"{prefix}_m"], name=f"{prefix}_m"),
                 onnx.helper.make_node("Div", [x, f"{prefix}_m"], [f"{prefix}_x"], name=f"{prefix}_x"),
             ]
@@ -292,3 +318,14 @@ def prescale_norms(model: OnnxModel, *, workdir: Path) -> OnnxModel:
     graph.node.extend(nodes)
     metadata = {entry.key: entry.value for entry in proto.metadata_props}
     return save_onnx(proto, workdir / "prescaled.onnx", inputs=model.inputs, outputs=model.outputs, metadata=metadata)
+
+
+def _keeps_last_axis(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto], *, rank: int) -> bool:
+    """Whether a reduction is over the last axis alone and leaves an axis of 1 there."""
+    import onnx
+
+    attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+    axes = attributes.get("axes", [])
+    if len(node.input) > 1 and node.input[1] in constants:  # since opset 18
+        axes = onnx.numpy_helper.to_array(constants[node.input[1]]).tolist()
+    return attributes.get("keepdims", 1) == 1 and list(axes) in ([-1], [rank - 1])

@@ -33,9 +33,13 @@ _NOT_NCNN: Final = frozenset({"NonMaxSuppression", "Range", "Expand", "ConstantO
 _TRIAL: Final = """
 import sys
 from pathlib import Path
+from modelcrate_bundle.errors import ModelcrateError
 from modelcrate_runtime.sessions import SessionOptions, open_artefact
 files = {"net": Path(sys.argv[1]), "weights": Path(sys.argv[2])}
-open_artefact("ncnn", files, SessionOptions(precision=sys.argv[3]), where="trial run").close()
+try:
+    open_artefact("ncnn", files, SessionOptions(precision=sys.argv[3]), where="trial run").close()
+except ModelcrateError as error:
+    sys.exit(str(error))
 """
 
 
@@ -53,7 +57,9 @@ def build(model: ExportableModel, source: OnnxModel, config: DeployConfig, *, wo
         MissingBackendError: a pnnx that cannot read ONNX.
         ExportError: pnnx fails, or what it writes is no ncnn network, or does not run.
     """
-    if isinstance(model.postprocess, BoxesFacts) or (isinstance(model.postprocess, DetectorFacts) and config.nms.where == "graph"):
+    if isinstance(model.postprocess, BoxesFacts):
+        raise ConfigError(f"{config.target}: expected a network that ncnn has the layers of, found one that suppresses boxes itself", hint="another target")
+    if isinstance(model.postprocess, DetectorFacts) and config.nms.where == "graph":
         raise ConfigError(f"{config.target}: nms.where: expected runtime for ncnn, which has no NonMaxSuppression, found graph", hint="--nms runtime")
     shape = ",".join(str(dim) for dim in (1, *source.inputs[0].shape[1:]))
     written = {f"pnnx{kind}": workdir / f"pnnx.{kind}" for kind in ("param", "bin", "py", "onnx")} | {"ncnnpy": workdir / "pnnx.ncnn.py"}
@@ -64,9 +70,13 @@ def build(model: ExportableModel, source: OnnxModel, config: DeployConfig, *, wo
     files = {"net": workdir / "end2end.param", "weights": workdir / "end2end.bin"}
     if not written["ncnnparam"].is_file() or not files["weights"].is_file():
         raise ExportError(f"{model.name}: expected pnnx to write a network, found none: {log[-300:]}")
-    text = written["ncnnparam"].read_text(encoding="utf-8")
+    text = written["ncnnparam"].read_text(encoding="utf-8", errors="replace")
     lint(text, where=model.name)
-    files["net"].write_text(named(text, inputs=source.inputs, outputs=source.outputs), encoding="utf-8")
+    try:
+        text = named(text, inputs=source.inputs, outputs=source.outputs)
+    except (ValueError, IndexError) as error:
+        raise ExportError(f"{model.name}: expected pnnx to write a .param, found: {text[:100]!r}") from error
+    files["net"].write_text(text, encoding="utf-8")
     options = SessionOptions(precision=config.precision)
     # A network that is wrong may end the process that runs it: first in another one.
     _run([sys.executable, "-P", "-c", _TRIAL, str(files["net"]), str(files["weights"]), config.precision], what="ncnn", model=model, workdir=workdir)
@@ -136,6 +146,11 @@ def named(text: str, *, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpe
         outputs: in the graph's order.
     """
     names = {f"in{i}": spec.name for i, spec in enumerate(inputs)} | {f"out{i}": spec.name for i, spec in enumerate(outputs)}
+    spaced = [name for name in names.values() if name.split() != [name]]
+    if spaced:
+        raise ExportError(f"expected names of tensors without spaces, which separate words in a .param, found {spaced[0]!r}", hint="name it otherwise")
+    # pnnx numbers the blobs between them: a graph's own 1 or 2 must not be one of those.
+    names |= {name: f"{name}_" for name in names.values() if name not in names}
     shapes = {spec.name: spec.shape for spec in inputs}
     lines = text.splitlines()
     for i, line in enumerate(lines[2:], start=2):
@@ -162,9 +177,12 @@ def _run(command: list[str], *, what: str, model: ExportableModel, workdir: Path
         )
     except subprocess.TimeoutExpired as error:
         raise ExportError(f"{model.name}: expected {what} to end within {_TIMEOUT_S} s, found it still running") from error
+    except OSError as error:
+        raise ExportError(f"{model.name}: expected to start {what}, found: {error.strerror or error}", hint=f"install it again: {command[0]}") from error
     text = " ".join((done.stderr + done.stdout).split())
     if done.returncode < 0:
-        name = signal.Signals(-done.returncode).name
+        number = -done.returncode
+        name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
         raise ExportError(
             f"{model.name}: expected {what} to end by itself, found that it crashed ({name}): {text[-300:]}", hint="another version of it may not"
         )

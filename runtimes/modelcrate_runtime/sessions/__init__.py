@@ -10,6 +10,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import sys
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Protocol, cast
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 # ONNX Runtime reports home from the moment it is imported, whoever imports it; this must be set before that.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+# So does OpenVINO, unasked and from a process of its own, through a package that it can do without; None is Python's way to say that there is no such module.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -72,7 +72,11 @@ class NcnnSession:
         self._lock = threading.Lock()
         self._names: list[str] = list(net.output_names())
         zeros = {spec.name: np.zeros(tuple(dim for dim in spec.shape if isinstance(dim, int)), dtype=np.float32) for spec in self.inputs}
-        self.outputs = tuple(TensorSpec(name=name, dtype="float32", shape=value.shape) for name, value in self._extract(zeros).items())
+        try:
+            found = self._extract(zeros)
+        except (InputError, ValueError) as error:
+            raise BundleIntegrityError(f"{path}: expected a network that runs, found: {error}", hint="convert again") from error
+        self.outputs = tuple(TensorSpec(name=name, dtype="float32", shape=value.shape) for name, value in found.items())
 
     def run(self, feeds: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
         """Run once, with all threads, on arrays with a batch axis of 1.
@@ -96,9 +100,9 @@ class NcnnSession:
         # An extractor belongs to one call; the network's memory pools are shared by all of them.
         with self._lock:
             extractor = self._net.create_extractor()
-            held = {name: np.ascontiguousarray(value[0]) for name, value in feeds.items()}  # ncnn reads them in place until the outputs are there
-            for name, value in held.items():
-                if extractor.input(name, ncnn.Mat(value)) != 0:
+            for name, value in feeds.items():
+                # A copy: a first layer that works in place ends the process on memory that is not ncnn's.
+                if extractor.input(name, ncnn.Mat(np.ascontiguousarray(value[0])).clone()) != 0:
                     raise InputError(f"ncnn: expected to set the input {name}, found that ncnn refuses it")
             results: dict[str, NDArray[np.generic]] = {}
             for name in self._names:
@@ -128,7 +132,7 @@ def input_specs(path: Path) -> tuple[TensorSpec, ...]:
     specs = []
     for kind, name, sizes in _layers(path, ("Input",)):
         dims = [sizes.get(key, 0) for key in (2, 1, 0)]
-        if not all(dims):
+        if not all(dim > 0 for dim in dims):
             raise UnsupportedBundleError(
                 f"{path}: {kind} {name}: expected its width, height and channels (0=, 1=, 2=), found {dims[::-1]}",
                 hint="write them into the line of the layer, or convert the checkpoint with modelcrate",
@@ -151,8 +155,13 @@ def _layers(path: Path, kinds: tuple[str, ...]) -> list[tuple[str, str, dict[int
     found = []
     for line in lines[2:]:
         words = line.split()
-        if len(words) >= 5 and words[0] in kinds:
-            blobs = int(words[2])
-            pairs = (word.split("=", 1) for word in words[4 + blobs + int(words[3]) :] if "=" in word)
-            found.append((words[0], words[4 + blobs], {int(key): int(value) for key, value in pairs if value.lstrip("-").isdecimal()}))
+        if words and words[0] in kinds:
+            try:
+                blobs = int(words[2])
+                pairs = (word.split("=", 1) for word in words[4 + blobs + int(words[3]) :] if "=" in word)
+                found.append((words[0], words[4 + blobs], {int(key): int(value) for key, value in pairs if value.lstrip("-").isdecimal()}))
+            except (ValueError, IndexError) as error:
+                raise BundleIntegrityError(
+                    f"{path}: expected the line of a layer, found {line[:100]!r}", hint="copy the bundle again, or convert again"
+                ) from error
     return found

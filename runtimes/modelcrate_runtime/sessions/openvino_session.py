@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from modelcrate_bundle.errors import BundleIntegrityError, ConfigError, InputError, MissingBackendError, UnsupportedBundleError
+from modelcrate_bundle.errors import BundleIntegrityError, ConfigError, InputError, MissingBackendError, OutputError, UnsupportedBundleError
 from modelcrate_bundle.tensors import Dim, TensorSpec
 from modelcrate_runtime.cores import usable_cores
 
@@ -48,6 +48,7 @@ class OpenVinoSession:
             MissingBackendError: OpenVINO has no such device here, or the device cannot compute in the bundle's precision.
             BundleIntegrityError: the files are no IR that OpenVINO can read.
             UnsupportedBundleError: an input or output without a fixed number of axes.
+            OutputError: the folder for compiled networks cannot be made.
         """
         import openvino as ov
 
@@ -67,7 +68,13 @@ class OpenVinoSession:
             if number is not None and number < 1:
                 raise ConfigError(f"{name}: expected at least 1, found {number}")
         if options.cache_dir is not None:
+            try:
+                options.cache_dir.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise OutputError(f"{options.cache_dir}: expected a folder for compiled networks, found: {error.strerror or error}") from error
             self._core.set_property({"CACHE_DIR": str(options.cache_dir)})
+        # A mapped file that is overwritten changes the network, and one that is cut off ends the process.
+        self._core.set_property({"ENABLE_MMAP": False})
         self.threads = options.threads or usable_cores()
         path = files["net"]
         try:
