@@ -101,8 +101,9 @@ class NcnnSession:
         with self._lock:
             extractor = self._net.create_extractor()
             for name, value in feeds.items():
+                held = np.ascontiguousarray(value[0])  # a Mat does not keep the array that it is made of
                 # A copy: a first layer that works in place ends the process on memory that is not ncnn's.
-                if extractor.input(name, ncnn.Mat(np.ascontiguousarray(value[0])).clone()) != 0:
+                if extractor.input(name, ncnn.Mat(held).clone()) != 0:
                     raise InputError(f"ncnn: expected to set the input {name}, found that ncnn refuses it")
             results: dict[str, NDArray[np.generic]] = {}
             for name in self._names:
