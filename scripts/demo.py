@@ -32,7 +32,7 @@ def main(folder: Path) -> None:
     scene = draw_scene(DEMO_SEED, size_hw=(480, 640), people=(4, 6))
     write_image(folder / "scene.png", scene.image)
     print(f"drew {folder}/scene.png: {len(scene.people)} people whom neither model has seen")
-    targets = [name for name in target_names() if can_build(name)]
+    targets = [name for name in target_names() if load_config(name).precision == "fp32" and can_build(name)]
     crates = folder / "crates"
     options = [word for target in targets for word in ("-t", target)]
     show(["modelcrate", "convert", "demo-det", "demo-pose", *options, "-o", str(crates), "--image", str(folder / "scene.png")])

@@ -79,6 +79,7 @@ class Gates(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     peak_margin: Gate = 1e-4
     keypoint_px: Gate = 0.05
     keypoint_mean_px: Gate | None = None
+    keypoint_score: Gate = 0.0
     box_px: Gate = 0.05
     box_mean_px: Gate | None = None
     box_score: Gate = 0.0

@@ -173,11 +173,12 @@ def _check_pose(model: ExportableModel, session: Session, images: Sequence[Parit
     outputs = [_output(name, ours[name], theirs[name], gates.relative_linf) for name in theirs]
     input_hw = model.input_hw
     our_poses, their_poses = (decoder.decode(values, crops, input_hw=input_hw) for values in (ours, theirs))
-    shifts = np.linalg.norm(our_poses.keypoints_xy - their_poses.keypoints_xy, axis=2)
+    shifts = np.linalg.norm(our_poses.keypoints_xy - their_poses.keypoints_xy, axis=2) / _coarseness(crops)
     decided = np.ones(shifts.shape, dtype=bool)
     if not isinstance(model.postprocess, RegressionFacts):
         # Near peaks are as good as PyTorch's own and count; a far one that PyTorch scores nearly alike is nobody's mistake.
         decided = _decided_maxima(ours, theirs, margin=gates.peak_margin) | (shifts <= gates.keypoint_px)
+    decided &= their_poses.scores >= gates.keypoint_score
     if isinstance(model.postprocess, HeatmapFacts):
         decided &= _steady(decoder, theirs, crops, their_poses, gates, input_hw=input_hw)
     # SimCC and heatmap scores are unnormalised logits: their shift is taken relative to the largest where that exceeds 1.
@@ -194,6 +195,11 @@ def _crops(model: ExportableModel, images: Sequence[ParityImage]) -> tuple[NDArr
     preprocessor = _preprocessor(model)
     tensors, crops = zip(*(preprocessor.crops(image.image, image.boxes_xyxy) for image in images), strict=True)
     return np.concatenate(tensors), [crop for of_image in crops for crop in of_image]
+
+
+def _coarseness(crops: Sequence[Crop]) -> NDArray[np.float64]:
+    """(N, 1) image pixels per network pixel, at least 1: what a crop larger than the input cannot see is no shift."""
+    return np.array([max(1.0, *crop.step_xy) for crop in crops])[:, None]
 
 
 def _preprocessor(model: ExportableModel) -> Preprocessor:
@@ -217,7 +223,7 @@ def _steady(decoder: KeypointDecoder, theirs: Outputs, crops: list[Crop], poses:
     """(N, K) whether PyTorch's own keypoint stays when its heatmap moves within the gate: the refinement of a flat peak goes anywhere."""
     rng = np.random.default_rng(0)
     moved = {name: value + (gates.relative_linf * np.abs(value).max() * rng.uniform(-1, 1, value.shape)).astype(np.float32) for name, value in theirs.items()}
-    shifts = np.linalg.norm(decoder.decode(moved, crops, input_hw=input_hw).keypoints_xy - poses.keypoints_xy, axis=2)
+    shifts = np.linalg.norm(decoder.decode(moved, crops, input_hw=input_hw).keypoints_xy - poses.keypoints_xy, axis=2) / _coarseness(crops)
     steady: NDArray[np.bool_] = shifts <= gates.keypoint_px
     return steady
 
@@ -247,7 +253,7 @@ def _check_detector(model: ExportableModel, artifact: BackendArtifact, session: 
     decoder = BoxDecoder(pipeline, geometry="exact", where=model.name)
     reference_decoder = BoxDecoder(describe_pipeline(model, has_nms=False), geometry="exact", where=model.name)
     facts = model.postprocess
-    pixels = _box_figures(decoder.decode(ours, metas), reference_decoder.decode(theirs, metas), gates, score_thr=facts.score_thr, most=facts.max_per_img)
+    pixels = _box_figures(decoder.decode(ours, metas), reference_decoder.decode(theirs, metas), metas, gates, score_thr=facts.score_thr, most=facts.max_per_img)
     return ParityRecord(verified=True, images=[image.name for image in images], samples=len(batch), outputs=outputs, pixels=pixels)
 
 
@@ -265,12 +271,15 @@ def _check_boxes(
                 raise ExportError(f"{model.name}: expected {name} with {value.ndim} axes, found {list(mine[name].shape)}", hint="run again with --no-simplify")
         ours += decoder.decode(mine, [meta])
         theirs += decoder.decode(reference, [meta])
-    pixels = _box_figures(ours, theirs, gates, score_thr=facts.score_thr, most=None)
+    pixels = _box_figures(ours, theirs, metas, gates, score_thr=facts.score_thr, most=None)
     return ParityRecord(verified=True, images=[image.name for image in images], samples=len(batch), pixels=pixels)
 
 
-def _box_figures(ours: list[Detections], theirs: list[Detections], gates: Gates, *, score_thr: float, most: int | None) -> list[PixelParity]:
-    pairs = [_match(a, b, gates, score_thr=score_thr, most=most) for a, b in zip(ours, theirs, strict=True)]
+def _box_figures(
+    ours: list[Detections], theirs: list[Detections], metas: Sequence[ImageMeta], gates: Gates, *, score_thr: float, most: int | None
+) -> list[PixelParity]:
+    scales = _coarseness([meta.as_crop for meta in metas]).ravel()
+    pairs = [_match(a, b, gates, scale=scale, score_thr=score_thr, most=most) for a, b, scale in zip(ours, theirs, scales, strict=True)]
     undecided = sum(pair.undecided for pair in pairs)
     return [
         _pixels("box_shift_px", np.concatenate([pair.shifts_px for pair in pairs]), gates.box_px, mean_gate=gates.box_mean_px, undecided=undecided, per=4),
@@ -289,7 +298,7 @@ class _Matched:
     undecided: int
 
 
-def _match(ours: Detections, theirs: Detections, gates: Gates, *, score_thr: float, most: int | None) -> _Matched:
+def _match(ours: Detections, theirs: Detections, gates: Gates, *, scale: float, score_thr: float, most: int | None) -> _Matched:
     """Pair the boxes of one image, of all pairs with one label the nearest first: a box that one side lacks leaves the others to their own.
 
     A box that only one side has counts as a flip, unless its score is within the gate of the threshold, or of the last box where the list was cut. Boxes
@@ -309,7 +318,7 @@ def _match(ours: Detections, theirs: Detections, gates: Gates, *, score_thr: flo
         lone.remove(row)
         free.remove(column)
         if theirs.scores[row] >= gates.box_score:
-            shifts.append(sides[row, column])
+            shifts.append(sides[row, column] / scale)
             score_shifts.append(abs(float(ours.scores[column]) - float(theirs.scores[row])))
     lone_scores = [float(theirs.scores[i]) for i in lone] + [float(ours.scores[i]) for i in free]
     lone_scores = [score for score in lone_scores if score >= gates.box_score]

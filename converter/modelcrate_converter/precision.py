@@ -142,6 +142,9 @@ def _reason(node: onnx.NodeProto, ranges: Mapping[str, TensorRange], constants: 
     over = next((name for name, value in largest.items() if value > HALF_MAX), None)
     if over is not None:
         return f"range: {over} reaches {largest[over] / headroom:.3g}"
+    under = next((name for name in largest if 0 < ranges[name].largest < HALF_TINY), None)
+    if under is not None:
+        return f"range: {under} stays below {ranges[under].largest:.3g}"
     if node.op_type in _SQUARES:
         return "sum of squares: overflows before its result does"
     for name in node.input:

@@ -62,7 +62,7 @@ class PixelParity(Record, kw_only=True):
 
     Attributes:
         name: keypoint_shift_px, box_shift_px, score_shift (of keypoints: relative to the largest score where that exceeds 1) or label_flips.
-        worst: the largest value, in input-image pixels for shifts.
+        worst: the largest value; shifts are in pixels of the image, or of the network's input where those are larger.
         mean: the mean over `count` things.
         count: how many keypoints or boxes were compared.
         undecided: how many were left out because PyTorch itself is within the gate of answering otherwise.

@@ -7,6 +7,7 @@ float16 arrays are squared and summed as float16.
 from __future__ import annotations
 
 import math
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -749,6 +750,17 @@ def test_scale_norm_overflows_in_plain_float16_and_not_in_the_plan(
     assert case.plan.islands.keys() >= NORMS
     by_range = {name for name, reason in case.plan.islands.items() if reason.startswith("range: ")}
     assert ("/head/final_layer/Conv" in by_range) == (factor == 1e6)
+
+
+@pytest.mark.parametrize("factor", [1e-4, 1e-6])
+def test_scale_norm_underflows_in_plain_float16_and_not_in_the_plan(factor: float, pose_with: Callable[..., Case], tmp_path: Path) -> None:
+    case = pose_with(factor, *LAST_CONV)
+    x = case.sample(3)
+    expected = ran(case.graph, x)
+    assert off(evaluated(apply_plan(case.graph, PLAIN, workdir=tmp_path), x), expected) > 1e-2
+    assert off(evaluated(case.typed, x), expected) <= 1e-2
+    assert_typed(case.graph, case.plan, case.typed)
+    assert re.fullmatch(r"range: \S+ stays below .*e-0[57]", case.plan.islands["/head/final_layer/Conv"])
 
 
 @pytest.mark.parametrize("factor", [8, 64])
