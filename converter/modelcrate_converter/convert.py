@@ -292,13 +292,14 @@ def _searched(
         inputs = list(network_inputs(model, images))[:4]
         ranked = sensitivities(canonical, calibration, config.int8, inputs, workdir=workdir)
         detail.append(f"{ranked[0].layer} moves the outputs by {ranked[0].error:.2g}, {ranked[-1].layer} by {ranked[-1].error:.1g}")
-    left_out = 1
+    left_out = min(1, len(ranked) - 1)  # what says INT8 has a layer in INT8
     while True:
         names = [item.layer for item in ranked[:left_out]]
         typed = emit_int8(canonical, calibration, config.int8, workdir=workdir, leave_out=names)
         artifact, record = _built_and_compared(model, config, options, images, typed, workdir, clock)
-        if record.passed or 2 * left_out >= len(ranked):
+        if record.passed:
             clock.report(Noted(text=f"{left_out} of {len(ranked)} convolutions stay in float32: {', '.join(names[:6])}{' ...' if left_out > 6 else ''}"))
+        if record.passed or not 0 < 2 * left_out < len(ranked):
             return artifact, record
         left_out *= 2
 

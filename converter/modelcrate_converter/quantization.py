@@ -7,6 +7,7 @@ channel and symmetric. The last convolutions and everything behind them (RTMPose
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,7 @@ def calibrate(model: OnnxModel, make_inputs: Callable[[], Iterable[NDArray[np.fl
         workdir: for a copy of the graph, while it is needed.
 
     Raises:
-        ExportError: no inputs, or no convolution that may be quantised.
+        ExportError: no inputs, no convolution that may be quantised, or a tensor that is not finite in float32.
     """
     import onnx
 
@@ -92,21 +93,21 @@ def calibrate(model: OnnxModel, make_inputs: Callable[[], Iterable[NDArray[np.fl
     for values in observe(model, make_inputs(), workdir=workdir, names=names):
         count += 1
         for name, value in values.items():
+            least, greatest = float(value.min()), float(value.max())
+            if not (math.isfinite(least) and math.isfinite(greatest)):
+                raise ExportError(f"{model.path.name}: {name}: expected finite values in float32, found others", hint="is the checkpoint sound?")
             low, high = ends.get(name, (0.0, 0.0))  # zero is always among the levels: padding is made of it
-            ends[name] = (min(low, float(value.min())), max(high, float(value.max())))
+            ends[name] = (min(low, least), max(high, greatest))
     if options.method != "minmax":
-        counts = {name: np.zeros(_BINS, dtype=np.int64) for name in ends}
-        for values in observe(model, make_inputs(), workdir=workdir, names=names):
+        spread = {name for name, (low, high) in ends.items() if low < high}
+        counts = {name: np.zeros(_BINS, dtype=np.int64) for name in spread}
+        for values in observe(model, make_inputs(), workdir=workdir, names=spread):
             for name, value in values.items():
-                counts[name] += np.histogram(value, bins=_BINS, range=_span(ends[name]))[0]
+                counts[name] += np.histogram(value, bins=_BINS, range=ends[name])[0]
         choose = _percentile if options.method == "percentile" else _least_error
-        ends = {name: choose(counts[name], _span(ends[name]), options.percentile) for name in ends}
-    ranges = {name: (round(low, 6), round(high, 6)) for name, (low, high) in sorted(ends.items())}
+        ends |= {name: choose(counts[name], ends[name], options.percentile) for name in spread}
+    ranges = {name: (float(f"{low:.7g}"), float(f"{high:.7g}")) for name, (low, high) in sorted(ends.items())}
     return Calibration(method=options.method, percentile=options.percentile, inputs=count, ranges=ranges)
-
-
-def _span(ends: tuple[float, float]) -> tuple[float, float]:
-    return ends if ends[1] > ends[0] else (ends[0], ends[0] + 1e-6)
 
 
 def _percentile(counts: NDArray[np.int64], ends: tuple[float, float], percentile: float) -> tuple[float, float]:
@@ -149,11 +150,13 @@ def emit_int8(
         only: quantise this convolution alone.
 
     Raises:
-        ExportError: ONNX Runtime's quantiser fails.
+        ExportError: no convolution remains, or ONNX Runtime's quantiser fails.
     """
     import onnx
 
     layers = [name for name in quantizable(model) if name not in leave_out] if only is None else [only]
+    if not layers:  # for ONNX Runtime no names are all
+        raise ExportError(f"{model.path.name}: expected convolutions to quantise, found all of them left out")
     proto = normalized(onnx.load(model.path))
     named, cache, path = workdir / "named.onnx", workdir / "ranges.json", workdir / "quantized.onnx"
     onnx.save(proto, named)
@@ -169,7 +172,8 @@ def emit_int8(
         save_tensors_data(ort.calibrate.TensorsData(ort.CalibrationMethod.MinMax, data), cache)
         kind = {"uint8": ort.QuantType.QUInt8, "int8": ort.QuantType.QInt8}[options.activations]
         ort.quantize_static(
-            str(named), str(path), None, quant_format=ort.QuantFormat.QDQ, op_types_to_quantize=["Conv"], per_channel=True, activation_type=kind,
+            str(named), str(path), None, quant_format=ort.QuantFormat.QDQ, op_types_to_quantize=["Conv"], activation_type=kind,
+            per_channel=model.opset >= 13,  # before it DequantizeLinear has one scale
             weight_type=ort.QuantType.QInt8, nodes_to_quantize=layers, calibration_cache_path=str(cache),
             extra_options={
                 "ActivationSymmetric": options.activations == "int8",
