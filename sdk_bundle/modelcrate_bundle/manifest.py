@@ -19,7 +19,7 @@ SCHEMA_VERSION: Final = "1.0"
 
 
 class FileEntry(Record, kw_only=True):
-    """One file of the bundle. `path` is relative with forward slashes; `role`: net, weights, deploy, pipeline, detail, readme, picture."""
+    """One file of the bundle. `path` is relative with forward slashes; `role`: net, weights, calibration, deploy, pipeline, detail, readme, picture."""
 
     path: str
     role: str
