@@ -55,6 +55,9 @@ def convert(
     image: Annotated[
         list[Path] | None, typer.Option(help="Image to compare on; the first is drawn into the bundle. May be repeated. Default: procedural images.")
     ] = None,
+    calibration: Annotated[
+        list[Path] | None, typer.Option(help="Image or folder of images to calibrate INT8 on. May be repeated. Default: procedural scenes.")
+    ] = None,
     exporter: Annotated[Literal["torchscript", "dynamo"] | None, typer.Option(help="ONNX exporter; default: the deploy config's.")] = None,
     nms: Annotated[
         Literal["graph", "runtime"] | None, typer.Option(help="Detectors: suppress in the graph or in the runtime; default: the deploy config's.")
@@ -79,10 +82,20 @@ def convert(
         for config in configs:
             check_can_build(config.backend)
         from modelcrate_converter.convert import ConvertOptions
+        from modelcrate_runtime.images import image_files
 
         given = _given_networks(checkpoints or [], model=model, weights=weights, spec=spec)
         options = ConvertOptions(
-            out=out, model_config=model_config, name=name, images=tuple(image or ()), verify=verify, force=force, sha256=sha256, spec=spec, builder=model
+            calibration=tuple(file for path in calibration or [] for file in image_files(path)),
+            out=out,
+            model_config=model_config,
+            name=name,
+            images=tuple(image or ()),
+            verify=verify,
+            force=force,
+            sha256=sha256,
+            spec=spec,
+            builder=model,
         )
         if (name or sha256) and len(given) > 1:
             raise ConfigError(f"{'--name' if name else '--sha256'}: expected one checkpoint, found {len(given)}", hint="convert them one by one")

@@ -56,7 +56,7 @@ class Int8Options(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fiel
     Attributes:
         method: how a tensor's range is chosen: its ends, the ends of so many percent, or the least mean square error.
         percentile: for "percentile".
-        scenes: procedural scenes to calibrate on, where no images are given.
+        scenes: procedural scenes to calibrate on, where no images are given for it.
         activations: unsigned and asymmetric, or signed and symmetric.
         quantize_results: whether a convolution's result is quantised too, or only what it reads.
         search: when the gates fail, leave out the convolutions that matter most, as few as it takes.

@@ -66,6 +66,7 @@ class ConvertOptions:
         keypoints: the published set that the keypoints are of, where the checkpoint does not say; empty when it is not known.
         spec: what a model that is none of ours takes and gives: a TOML file; None for checkpoints of the families that are known here.
         builder: "package.module:attribute", which makes that model; None where the file itself is one.
+        calibration: images to calibrate INT8 on; empty takes procedural ones.
     """
 
     out: Path
@@ -78,6 +79,7 @@ class ConvertOptions:
     keypoints: str = ""
     spec: Path | None = None
     builder: str | None = None
+    calibration: tuple[Path, ...] = ()
 
 
 @dataclass(kw_only=True, slots=True)
@@ -233,7 +235,7 @@ def _build_bundle(
     with _work_folder() as folder:
         if config.fp16.scale_norm == "prescaled":
             canonical = prescale_norms(canonical, workdir=Path(folder))
-        typed, calibration = _typed(model, config, images, canonical, Path(folder), clock)
+        typed, calibration = _typed(model, config, options, images, canonical, Path(folder), clock)
         artifact, record = _built_and_compared(model, config, options, images, typed, Path(folder), clock)
         if calibration is not None and config.int8.search and options.verify and not record.passed:
             artifact, record = _searched(model, config, options, images, canonical, calibration, Path(folder), clock)
@@ -305,14 +307,20 @@ def _searched(
 
 
 def _typed(
-    model: ExportableModel, config: DeployConfig, images: Sequence[ParityImage], canonical: OnnxModel, workdir: Path, clock: StageClock
+    model: ExportableModel,
+    config: DeployConfig,
+    options: ConvertOptions,
+    images: Sequence[ParityImage],
+    canonical: OnnxModel,
+    workdir: Path,
+    clock: StageClock,
 ) -> tuple[OnnxModel, Calibration | None]:
     """The graph in the target's precision, where that is a matter of the graph; and the calibration that it came from."""
     if config.precision not in BUILDERS[config.backend].typed:
         return canonical, None
     if config.precision == "int8":
         with clock.stage("calibrate") as detail:
-            calibration = calibrate(canonical, lambda: calibration_inputs(model, config.int8.scenes), config.int8, workdir=workdir)
+            calibration = calibrate(canonical, lambda: _calibration_inputs(model, config, options), config.int8, workdir=workdir)
             detail.append(f"{len(calibration.ranges)} ranges from {calibration.inputs} inputs, {calibration.method}")
         return emit_int8(canonical, calibration, config.int8, workdir=workdir), calibration
     with clock.stage("plan precision") as detail:
@@ -320,6 +328,13 @@ def _typed(
         plan = plan_half(canonical, ranges, headroom=config.fp16.headroom)
         detail.append(plan.summary)
         return apply_plan(canonical, plan, workdir=workdir), None
+
+
+def _calibration_inputs(model: ExportableModel, config: DeployConfig, options: ConvertOptions) -> Iterator[NDArray[np.float32]]:
+    """What INT8 is calibrated on, one input after another: the images that were given for it, or procedural scenes."""
+    if not options.calibration:
+        return calibration_inputs(model, config.int8.scenes)
+    return network_inputs(model, (given_image(path, read_image(path)) for path in options.calibration))
 
 
 def _describe_manifest(
@@ -427,6 +442,7 @@ def _build_key(model: ExportableModel, config: DeployConfig, options: ConvertOpt
         "spec": sha256_of(options.spec) if options.spec else "",
         "images": [[image.name, hashlib.sha256(image.image.tobytes()).hexdigest()] for image in images],
         "drawn": bool(options.images),
+        "calibration": [sha256_of(path) for path in options.calibration] if config.precision == "int8" else [],
         "verify": options.verify,
         "tools": tool_versions(),
     }

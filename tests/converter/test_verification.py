@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import cv2
 import numpy as np
 import onnx
 import pytest
@@ -144,3 +145,21 @@ def test_a_bundle_outside_its_gates_is_an_error_with_the_next_step(bundle: Calla
     result = CliRunner().invoke(app, ["verify", str(bundle("pose", "onnxruntime")), "-r", str(checkpoints["pose"]), "-t", str(strict)])
     assert result.exit_code == 9
     assert "modelcrate bisect" in result.output
+
+
+def test_int8_is_calibrated_on_the_images_that_are_given(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    for i, level in enumerate((20, 230)):
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        cv2.imwrite(str(tmp_path / f"photos/{i}.png"), np.full((60, 80, 3), level, dtype=np.uint8))
+    command = ["convert", str(checkpoints["pose"]), "-t", "onnxruntime-int8", "--no-verify", "-o", str(tmp_path / "crates")]
+    found = []
+    for more in ([], ["--calibration", str(tmp_path / "photos")], ["--calibration", str(tmp_path / "photos/0.png")]):
+        result = CliRunner().invoke(app, [*command, *more])
+        assert result.exit_code == 0, result.output
+        assert "up to date" not in result.output
+        (place,) = (tmp_path / "crates").iterdir()
+        found.append(json.loads((place / "calibration.json").read_text()))
+    assert [of["inputs"] for of in found] == [64, 6, 3]  # two crops of each of 32 scenes; all of an image, and two parts
+    assert found[0]["ranges"]["input"] != found[1]["ranges"]["input"] != found[2]["ranges"]["input"]
+    missing = CliRunner().invoke(app, [*command, "--calibration", str(tmp_path / "gone")])
+    assert missing.exit_code == 10
