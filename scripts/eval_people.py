@@ -71,6 +71,8 @@ def measure(detector_bundle: Path, pose_bundle: Path, *, count: int, seed: int) 
     given: list[dict[str, Any]] = []
     found: list[dict[str, Any]] = []
     with Detector(detector_bundle) as detector, PoseDetector(pose_bundle) as estimator:
+        manifest = estimator.bundle.manifest
+        sigmas = manifest.keypoints.sigmas if manifest and manifest.keypoints else []
         for image_id, scene in enumerate(track(scenes, description="run", transient=True), start=1):
             detections = detector.detect(scene.image)
             for box, score in zip(detections.boxes_xyxy.tolist(), detections.scores.tolist(), strict=True):
@@ -80,8 +82,8 @@ def measure(detector_bundle: Path, pose_bundle: Path, *, count: int, seed: int) 
             found += keypoint_rows(image_id, estimator(scene.image, detections.boxes_xyxy), detections.scores)
     return {
         "boxes": coco_figures(truth, boxes, "bbox"),
-        "keypoints, true boxes": coco_figures(truth, given, "keypoints"),
-        "keypoints, detected boxes": coco_figures(truth, found, "keypoints"),
+        "keypoints, true boxes": coco_figures(truth, given, "keypoints", sigmas),
+        "keypoints, detected boxes": coco_figures(truth, found, "keypoints", sigmas),
     }
 
 
@@ -98,12 +100,13 @@ def keypoint_rows(image_id: int, poses: np.ndarray, box_scores: np.ndarray) -> l
     return rows
 
 
-def coco_figures(truth: dict[str, Any], results: list[dict[str, Any]], kind: str) -> dict[str, float]:
+def coco_figures(truth: dict[str, Any], results: list[dict[str, Any]], kind: str, sigmas: list[float] | None = None) -> dict[str, float]:
+    """COCO's figures; keypoints with the sigmas of their own set, which the bundle's manifest has."""
     with contextlib.redirect_stdout(io.StringIO()):
         ground_truth = COCO(truth)
         if not results:
             return dict.fromkeys(("AP", "AP50", "AP75", "AR"), 0.0)
-        evaluation = COCOeval_faster(ground_truth, ground_truth.loadRes(results), kind, print_function=lambda *_: None)
+        evaluation = COCOeval_faster(ground_truth, ground_truth.loadRes(results), kind, print_function=lambda *_: None, kpt_oks_sigmas=sigmas or None)
         evaluation.run()
     stats = evaluation.stats
     return {"AP": float(stats[0]), "AP50": float(stats[1]), "AP75": float(stats[2]), "AR": float(stats[8] if kind == "bbox" else stats[5])}

@@ -489,6 +489,24 @@ class Network(_Task):
         return results
 
 
+def open_task(bundle: Bundle, device_name: str = "cpu", device_id: int = 0, *, threads: int | None = None) -> Detector | PoseDetector | Classifier | Network:
+    """Load a bundle in the class of its task; the arguments are those of the class.
+
+    Raises:
+        TaskMismatchError: a task that there is no class for.
+    """
+    kinds: dict[str, type[Detector] | type[PoseDetector] | type[Classifier] | type[Network]] = {
+        "mmdet": Detector,
+        "mmpose": PoseDetector,
+        "mmcls": Classifier,
+        "modelcrate": Network,
+    }
+    kind = kinds.get(bundle.pipeline.postprocess.module)
+    if kind is None:
+        raise TaskMismatchError(f"{bundle.root}: expected one of {', '.join(kinds)}, found a bundle of {bundle.pipeline.postprocess.module}")
+    return kind(bundle, device_name, device_id, threads=threads)
+
+
 def _render(planned: Sequence[PlannedCrops], part: range, *, beside: bool) -> Tensor:
     """Crops number `part`, counted through all images."""
     tensors, first = [], 0
