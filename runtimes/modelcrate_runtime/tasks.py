@@ -495,7 +495,7 @@ def open_task(bundle: Bundle, device_name: str = "cpu", device_id: int = 0, *, t
     Raises:
         TaskMismatchError: a task that there is no class for.
     """
-    kinds: dict[str, type[Detector] | type[PoseDetector] | type[Classifier] | type[Network]] = {
+    kinds: dict[str, type[Detector | PoseDetector | Classifier | Network]] = {
         "mmdet": Detector,
         "mmpose": PoseDetector,
         "mmcls": Classifier,
