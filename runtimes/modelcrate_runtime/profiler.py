@@ -60,20 +60,26 @@ def measure_seconds(call: Callable[[], Any], *, runs: int, warmup: int) -> list[
     return seconds
 
 
-def network_call(session: Session, *, batch: int = 1) -> Callable[[], Any]:
+def network_call(session: Session, *, batch: int | None = None) -> Callable[[], Any]:
     """One call of the network alone, on zeros.
+
+    Args:
+        session: the network.
+        batch: inputs in the call; None for 1, or the only number that it takes.
 
     Raises:
         ConfigError: a batch that the network does not take.
     """
+    feeds = {}
     for spec in session.inputs:
-        if isinstance(spec.shape[0], int) and spec.shape[0] != batch:
-            raise ConfigError(f"batch: expected {spec.shape[0]}, the only one that the network takes, found {batch}")
-    feeds = {spec.name: np.zeros((batch, *(dim if isinstance(dim, int) else 1 for dim in spec.shape[1:])), dtype=spec.dtype) for spec in session.inputs}
+        first = spec.shape[0]
+        if isinstance(first, int) and batch not in {None, first}:
+            raise ConfigError(f"batch: expected {first}, the only one that the network takes, found {batch}")
+        sides = (first if isinstance(first, int) else batch or 1, *(dim if isinstance(dim, int) else 1 for dim in spec.shape[1:]))
+        feeds[spec.name] = np.zeros(sides, dtype=spec.dtype)
     return lambda: session.run(feeds)
 
 
 def latency_ms(session: Session, *, runs: int = 30, warmup: int = 5) -> float:
     """The median time of one call on the fewest inputs that the network takes, in milliseconds: the network alone."""
-    first = session.inputs[0].shape[0]
-    return Latency.of(measure_seconds(network_call(session, batch=first if isinstance(first, int) else 1), runs=runs, warmup=warmup)).median_ms
+    return Latency.of(measure_seconds(network_call(session), runs=runs, warmup=warmup)).median_ms
