@@ -43,7 +43,8 @@ def read_mmdeploy_config(path: Path) -> DeployConfig:
     if name not in target_names():
         raise ConfigError(f"{path}: expected the deploy config of one of {', '.join(target_names())}, found {name}", hint="choose one of them with -t")
     ours = load_config(name)
-    if at(values, "codebase_config.model_type") not in (None, "end2end") or at(values, "partition_config") is not None:
+    # "ncnn_end2end" has ncnn's DetectionOutput behind it there; here the host suppresses.
+    if at(values, "codebase_config.model_type") not in (None, "end2end", "ncnn_end2end") or at(values, "partition_config") is not None:
         raise ConfigError(f"{path}: expected a network in one piece (model_type 'end2end'), found a partition of one", hint=f"-t {name}")
     pre_top_k = at(values, "codebase_config.post_processing.pre_top_k")
     nms = msgspec.structs.replace(ours.nms, pre_top_k=int(pre_top_k)) if is_number(pre_top_k) and pre_top_k >= 1 else ours.nms

@@ -50,7 +50,7 @@ TREE = {
         "partition_config = dict(type='single_stage', apply_marks=True,\n"
         "    partition_cfg=[dict(save_file='yolov3.onnx', start=['detector_forward:input'], end=['yolo_head:input'])])\n"
     ),
-    "mmdet/detection/two-in-one_onnxruntime_static.py": "_base_ = ['./detection_onnxruntime_static.py']\ncodebase_config = dict(model_type='ncnn_end2end')\n",
+    "mmdet/detection/two-in-one_onnxruntime_static.py": "_base_ = ['./detection_onnxruntime_static.py']\ncodebase_config = dict(model_type='partition_single_stage')\n",
     "mmpose/pose-detection_static.py": (
         "_base_ = ['../_base_/onnx_config.py']\nonnx_config = dict(input_shape=None)\ncodebase_config = dict(type='mmpose', task='PoseDetection')\n"
     ),
@@ -217,14 +217,14 @@ def test_a_backend_that_is_no_target_is_refused_with_those_that_are(configs: Pat
         read_mmdeploy_config(configs / DETECTION / "detection_snpe_static.py")
 
 
-@pytest.mark.skipif("onnxruntime-fp16" in target_names(), reason="it is a target")
-@pytest.mark.parametrize("text", ["dict(type='onnxruntime', precision='fp16')", "dict(type='onnxruntime', common_config=dict(fp16_mode=True))"])
-def test_a_precision_that_is_no_target_is_refused(configs: Path, text: str) -> None:
+@pytest.mark.parametrize(("text", "found"), [("dict(type='ncnn', precision='INT8')", "ncnn-int8"), ("dict(type='openvino', common_config=dict(int8_mode=True))", "")])
+def test_a_precision_that_is_no_target_is_refused(configs: Path, text: str, found: str) -> None:
     path = written(configs / DETECTION, f"_base_ = ['./detection_onnxruntime_dynamic.py']\nbackend_config = {text}\n")
-    with pytest.raises(ConfigError, match=r"mine\.py: .*found onnxruntime-fp16"):
-        read_mmdeploy_config(path)
-    with pytest.raises(ConfigError, match="found onnxruntime-fp16"):
-        read_mmdeploy_config(configs / DETECTION / "detection_onnxruntime-fp16_dynamic.py")
+    if found:
+        with pytest.raises(ConfigError, match=rf"mine\.py: .*found {found}"):
+            read_mmdeploy_config(path)
+    else:
+        assert read_mmdeploy_config(path).precision == "int8"
 
 
 @pytest.mark.parametrize("kind", ["../onnxruntime", "/etc/passwd", "onnxruntime.toml", ""])
@@ -352,3 +352,16 @@ def test_a_config_that_is_wrong_is_one_line(invoke: Callable[..., Result], confi
     for path, word in ((configs / DETECTION / "detection_snpe_static.py", "snpe"), (tmp_path / "gone.py", "no such file")):
         assert_one_error(invoke("demo-pose", "--deploy-config", path, "-o", tmp_path / "out"), 4, path.name, word)
     assert not (tmp_path / "out").exists()
+
+
+def test_ncnns_own_name_of_a_whole_network_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "single-stage_ncnn_static-320x320.py"
+    path.write_text(
+        "codebase_config = dict(type='mmdet', task='ObjectDetection', model_type='ncnn_end2end', post_processing=dict(pre_top_k=5000))\n"
+        "onnx_config = dict(input_shape=[320, 320], output_names=['detection_output'])\n"
+        "backend_config = dict(type='ncnn', precision='FP32', use_vulkan=False)\n"
+    )
+    config = read_mmdeploy_config(path)
+    assert (config.target, config.nms.where, config.batch.max) == ("ncnn", "runtime", 1)
+    assert config.needs is not None
+    assert (config.needs.task, config.needs.least_hw) == ("Detector", (320, 320))
