@@ -217,14 +217,17 @@ def test_a_backend_that_is_no_target_is_refused_with_those_that_are(configs: Pat
         read_mmdeploy_config(configs / DETECTION / "detection_snpe_static.py")
 
 
-@pytest.mark.parametrize(("text", "found"), [("dict(type='ncnn', precision='INT8')", "ncnn-int8"), ("dict(type='openvino', common_config=dict(int8_mode=True))", "")])
-def test_a_precision_that_is_no_target_is_refused(configs: Path, text: str, found: str) -> None:
-    path = written(configs / DETECTION, f"_base_ = ['./detection_onnxruntime_dynamic.py']\nbackend_config = {text}\n")
-    if found:
-        with pytest.raises(ConfigError, match=rf"mine\.py: .*found {found}"):
-            read_mmdeploy_config(path)
-    else:
-        assert read_mmdeploy_config(path).precision == "int8"
+def test_a_precision_that_is_no_target_is_refused(configs: Path) -> None:
+    path = written(configs / DETECTION, "_base_ = ['./detection_onnxruntime_dynamic.py']\nbackend_config = dict(type='ncnn', precision='INT8')\n")
+    with pytest.raises(ConfigError, match=r"mine\.py: .*found ncnn-int8"):
+        read_mmdeploy_config(path)
+
+
+@pytest.mark.parametrize(("mode", "precision"), [("int8_mode", "int8"), ("fp16_mode", "fp16")])
+def test_tensorrts_way_to_say_a_precision_is_read(configs: Path, mode: str, precision: str) -> None:
+    text = f"_base_ = ['./detection_onnxruntime_dynamic.py']\nbackend_config = dict(type='onnxruntime', common_config=dict({mode}=True))\n"
+    config = read_mmdeploy_config(written(configs / DETECTION, text))
+    assert (config.target, config.precision) == (f"onnxruntime-{precision}", precision)
 
 
 @pytest.mark.parametrize("kind", ["../onnxruntime", "/etc/passwd", "onnxruntime.toml", ""])
