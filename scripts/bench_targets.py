@@ -22,8 +22,7 @@ from rich.table import Table
 
 from convert_zoo import calm
 from modelcrate_bundle.bundle import Bundle
-from modelcrate_bundle.errors import MissingBackendError
-from modelcrate_converter.builders import check_can_build
+from modelcrate_converter.builders import can_build
 from modelcrate_converter.config import load_config, target_names
 from modelcrate_converter.convert import ConvertOptions, convert
 from modelcrate_converter.models.blueprints import random_weights
@@ -45,7 +44,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "random.pth"
         torch.save({"state_dict": calm(random_weights(shapes_of(model), seed=0), path)}, path)
-        configs = [load_config(name) for name in target_names() if is_there(load_config(name).backend)]
+        configs = [load_config(name) for name in target_names() if can_build(load_config(name).backend)]
         made = convert(path, configs, ConvertOptions(out=Path(folder), name=model.name, verify=False))
         bundles = {conversion.target: Bundle.open(conversion.place) for conversion in made if conversion.error is None}
         single = medians({target: one_call(bundle, options.threads) for target, bundle in bundles.items()}, options.rounds)
@@ -61,14 +60,6 @@ def main() -> None:
     Console(width=120).print(table)
     if options.json:
         options.json.write_text(json.dumps({"one": single, "boxes": several}, indent=1) + "\n")
-
-
-def is_there(backend: str) -> bool:
-    try:
-        check_can_build(backend)
-    except MissingBackendError:
-        return False
-    return True
 
 
 def one_call(bundle: Bundle, threads: int | None) -> Callable[[], object]:

@@ -16,8 +16,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from modelcrate_bundle.errors import MissingBackendError
-from modelcrate_converter.builders import check_can_build
+from modelcrate_converter.builders import can_build
 from modelcrate_converter.config import load_config, target_names
 from modelcrate_converter.demo import DEMO_SEED
 from modelcrate_converter.people import Scene, draw_scene
@@ -32,7 +31,7 @@ def main(folder: Path) -> None:
     scene = draw_scene(DEMO_SEED, size_hw=(480, 640), people=(4, 6))
     write_image(folder / "scene.png", scene.image)
     print(f"drew {folder}/scene.png: {len(scene.people)} people whom neither model has seen")
-    targets = [name for name in target_names() if load_config(name).precision == "fp32" and can_build(name)]
+    targets = [name for name in target_names() if load_config(name).precision == "fp32" and can_build(load_config(name).backend)]
     crates = folder / "crates"
     options = [word for target in targets for word in ("-t", target)]
     show(["modelcrate", "convert", "demo-det", "demo-pose", *options, "-o", str(crates), "--image", str(folder / "scene.png")])
@@ -43,14 +42,6 @@ def main(folder: Path) -> None:
     print(f"\nLook at {folder}/people_{targets[0]}.png. Next, with your own RTMPose or RTMDet checkpoint:")
     print("  .venv/bin/modelcrate convert YOUR.pth -t onnxruntime -o crates/ --image YOUR.jpg")
     print("  .venv/bin/modelcrate run crates/<name>_onnxruntime YOUR.jpg --save out.png")
-
-
-def can_build(target: str) -> bool:
-    try:
-        check_can_build(load_config(target).backend)
-    except MissingBackendError:
-        return False
-    return True
 
 
 def profile(crates: Path, targets: list[str], scene: Scene) -> None:

@@ -161,20 +161,26 @@ def people(
         consoles()[0].print(f"wrote {out}: {what} and {ANNOTATIONS_NAME}", soft_wrap=True)
 
 
-_BUNDLE = typer.Argument(help="A bundle's folder or a zip of it.")
-_REFERENCE = typer.Option("--reference", "-r", help="What it was made from: checkpoint, URL, name of a published model, demo-det or demo-pose.")
+# What `verify` and `bisect` take alike.
+_BundlePath = Annotated[Path, typer.Argument(help="A bundle's folder or a zip of it.")]
+_Reference = Annotated[str, typer.Option("--reference", "-r", help="What it was made from: checkpoint, URL, name of a published model, demo-det or demo-pose.")]
+_ModelConfig = Annotated[Path | None, typer.Option(help="MMPose or MMDetection config, if it was converted with one.")]
+_Spec = Annotated[Path | None, typer.Option(help="Spec of a model of your own.")]
+_Model = Annotated[str | None, typer.Option("--model", help="package.module:function of a model of your own.")]
+_Images = Annotated[list[Path] | None, typer.Option("--image", help="Image to look at. May be repeated. Default: procedural images.")]
+_Offline = Annotated[bool, typer.Option(help="Take URLs from the cache only.")]
 
 
 @app.command()
 def verify(
-    bundle: Annotated[Path, _BUNDLE],
-    reference: Annotated[str, _REFERENCE],
+    bundle: _BundlePath,
+    reference: _Reference,
     target: Annotated[str | None, typer.Option("--target", "-t", help="Whose gates; default: the bundle's own target.")] = None,
-    model_config: Annotated[Path | None, typer.Option(help="MMPose or MMDetection config, if it was converted with one.")] = None,
-    spec: Annotated[Path | None, typer.Option(help="Spec of a model of your own.")] = None,
-    model: Annotated[str | None, typer.Option("--model", help="package.module:function of a model of your own.")] = None,
-    image: Annotated[list[Path] | None, typer.Option(help="Image to compare on. May be repeated. Default: procedural images.")] = None,
-    offline: Annotated[bool, typer.Option(help="Take URLs from the cache only.")] = False,
+    model_config: _ModelConfig = None,
+    spec: _Spec = None,
+    model: _Model = None,
+    image: _Images = None,
+    offline: _Offline = False,
     as_json: Annotated[bool, JSON_OPTION] = False,
 ) -> None:
     """Compare a bundle with PyTorch again, on this machine: hashes first, then the outputs and the pixels."""
@@ -199,14 +205,14 @@ def verify(
 
 @app.command()
 def bisect(
-    bundle: Annotated[Path, _BUNDLE],
-    reference: Annotated[str, _REFERENCE],
+    bundle: _BundlePath,
+    reference: _Reference,
     tolerance: Annotated[float, typer.Option(min=0, help="Largest relative L-inf of a tensor that is right.")] = 1e-3,
-    model_config: Annotated[Path | None, typer.Option(help="MMPose or MMDetection config, if it was converted with one.")] = None,
-    spec: Annotated[Path | None, typer.Option(help="Spec of a model of your own.")] = None,
-    model: Annotated[str | None, typer.Option("--model", help="package.module:function of a model of your own.")] = None,
-    image: Annotated[list[Path] | None, typer.Option(help="Image to run on. Default: procedural images.")] = None,
-    offline: Annotated[bool, typer.Option(help="Take URLs from the cache only.")] = False,
+    model_config: _ModelConfig = None,
+    spec: _Spec = None,
+    model: _Model = None,
+    image: _Images = None,
+    offline: _Offline = False,
     as_json: Annotated[bool, JSON_OPTION] = False,
 ) -> None:
     """Find the first tensor inside a bundle's network that is not what PyTorch's float32 graph has."""

@@ -53,13 +53,13 @@ from modelcrate_converter.model_spec import (
     Spec,
     read_spec,
 )  # fmt: skip
+from modelcrate_runtime.resampling import KERNELS
 from modelcrate_runtime.skeletons import DATA_SETS, keypoint_info, published_keypoints
 
 FileKind = Literal["checkpoint", "onnx", "torchscript", "exported program"]
 _COLORS: Final = 3
 _DTYPES: Final = ("float32", "float16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool")
 """What numpy, ONNX and ONNX Runtime all have."""
-_PILLOW: Final = {"pillow-bilinear": "bilinear", "pillow-bicubic": "bicubic"}
 
 
 def file_kind(path: Path) -> FileKind:
@@ -383,8 +383,8 @@ def _fit(resize: ResizeSpec, size_hw: tuple[int, int], *, where: Path) -> ImageF
         mode=resize.mode,
         edge=edge,
         pad_value=resize.pad_value,
-        interpolation=_PILLOW.get(resize.interpolation, resize.interpolation),
-        resampling=resize.interpolation if resize.interpolation in _PILLOW else None,
+        interpolation=KERNELS.get(resize.interpolation, resize.interpolation),
+        resampling=resize.interpolation if resize.interpolation in KERNELS else None,
     )
 
 

@@ -62,11 +62,12 @@ def quantizable(model: OnnxModel) -> list[str]:
     leads_to_conv: set[str] = set()
     chosen = []
     for node in reversed(proto.graph.node):
-        if node.op_type in {"Conv", "ConvTranspose"} and any(name in leads_to_conv for name in node.output):
+        is_followed = any(name in leads_to_conv for name in node.output)
+        if is_followed and node.op_type == "Conv":
             chosen.append(node.name)
-        if node.op_type in {"Conv", "ConvTranspose"} or any(name in leads_to_conv for name in node.output):
+        if is_followed or node.op_type in {"Conv", "ConvTranspose"}:
             leads_to_conv |= set(node.input)
-    return [name for name in reversed(chosen) if name in {node.name for node in proto.graph.node if node.op_type == "Conv"}]
+    return chosen[::-1]
 
 
 def calibrate(model: OnnxModel, make_inputs: Callable[[], Iterable[NDArray[np.float32]]], options: Int8Options, *, workdir: Path) -> Calibration:

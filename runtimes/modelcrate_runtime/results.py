@@ -88,5 +88,12 @@ class Tensors:
         return self.outputs[name]
 
     def to_image(self, points_xy: Points) -> Points:
-        """Map (N, K, 2) float32 points from network pixels to image pixels."""
+        """Map points from the network's input to the image.
+
+        Args:
+            points_xy: (N, K, 2) float32 in network pixels. In crops, (0, 0) is the centre of the first pixel; in whole images its outer corner, as for boxes.
+
+        Returns:
+            (N, K, 2) float32 in image pixels, counted from the same point of a pixel.
+        """
         return to_image(points_xy, self.crops)

@@ -93,6 +93,15 @@ def check_can_build(backend: str) -> None:
         )
 
 
+def can_build(backend: str) -> bool:
+    """Whether everything is installed that a build for this backend needs."""
+    try:
+        check_can_build(backend)
+    except MissingBackendError:
+        return False
+    return True
+
+
 def build(model: ExportableModel, source: OnnxModel, config: DeployConfig, *, workdir: Path) -> BackendArtifact:
     """Build the artefact of `config.backend` from the canonical graph `source`; files go into `workdir`."""
     module = cast("_BuilderModule", importlib.import_module(BUILDERS[config.backend].module))
