@@ -44,7 +44,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "random.pth"
         torch.save({"state_dict": calm(random_weights(shapes_of(model), seed=0), path)}, path)
-        configs = [load_config(name) for name in target_names() if can_build(load_config(name).backend)]
+        configs = [config for config in map(load_config, target_names()) if can_build(config.backend, config.precision)]
         made = convert(path, configs, ConvertOptions(out=Path(folder), name=model.name, verify=False))
         bundles = {conversion.target: Bundle.open(conversion.place) for conversion in made if conversion.error is None}
         single = medians({target: one_call(bundle, options.threads) for target, bundle in bundles.items()}, options.rounds)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from modelcrate_converter.exportable import ExportableModel
     from modelcrate_converter.parity import ParityImage
     from modelcrate_converter.progress import Event
+    from modelcrate_runtime.accuracy import Dataset
 
 
 @app.command()
@@ -58,6 +59,11 @@ def convert(
     calibration: Annotated[
         list[Path] | None, typer.Option(help="Image or folder of images to calibrate INT8 on. May be repeated. Default: procedural scenes.")
     ] = None,
+    val_annotations: Annotated[
+        Path | None, typer.Option(help="COCO annotations to measure the AP of PyTorch and of each target on. INT8 is then judged by the drop of its AP.")
+    ] = None,
+    val_images: Annotated[Path | None, typer.Option(help="Folder of their images; default: the annotations' own.")] = None,
+    val_limit: Annotated[int | None, typer.Option(min=1, help="Only so many of their images.")] = None,
     exporter: Annotated[Literal["torchscript", "dynamo"] | None, typer.Option(help="ONNX exporter; default: the deploy config's.")] = None,
     nms: Annotated[
         Literal["graph", "runtime"] | None, typer.Option(help="Detectors: suppress in the graph or in the runtime; default: the deploy config's.")
@@ -80,10 +86,12 @@ def convert(
         if not configs:
             raise typer.BadParameter(f"expected at least one of {', '.join(target_names())}, found none", param_hint="'--target' / '-t'")
         for config in configs:
-            check_can_build(config.backend)
+            check_can_build(config.backend, config.precision)
         from modelcrate_converter.convert import ConvertOptions
         from modelcrate_runtime.images import image_files
 
+        if val_annotations is None and (val_images is not None or val_limit is not None):
+            raise ConfigError("--val-images, --val-limit: expected --val-annotations beside them, found none", hint="--val-annotations COCO.json")
         given = _given_networks(checkpoints or [], model=model, weights=weights, spec=spec)
         options = ConvertOptions(
             calibration=tuple(file for path in calibration or [] for file in image_files(path)),
@@ -96,6 +104,7 @@ def convert(
             sha256=sha256,
             spec=spec,
             builder=model,
+            validation=_validation(val_annotations, val_images, limit=val_limit),
         )
         if (name or sha256) and len(given) > 1:
             raise ConfigError(f"{'--name' if name else '--sha256'}: expected one checkpoint, found {len(given)}", hint="convert them one by one")
@@ -339,6 +348,16 @@ def _write_json(value: Any) -> None:
     sys.stdout.write(msgspec.json.format(msgspec.json.encode(value), indent=1).decode() + "\n")
 
 
+def _validation(annotations: Path | None, images: Path | None, *, limit: int | None) -> Dataset | None:
+    """The validation set, read and with its evaluator at hand before anything is built."""
+    if annotations is None:
+        return None
+    from modelcrate_runtime.accuracy import Dataset, check_evaluator
+
+    check_evaluator()
+    return Dataset.read(annotations, images, limit=limit)
+
+
 def _numbers(text: str, separator: str, option: str, expected: str) -> tuple[int, int]:
     first, _, second = text.partition(separator)
     if not (first.isdecimal() and second.isdecimal()):
@@ -369,8 +388,9 @@ def _named_targets(targets: list[str]) -> list[str]:
 
     found = [target for target in targets if target != "all"]
     for name in target_names():
+        config = load_config(name)
         try:
-            check_can_build(load_config(name).backend)
+            check_can_build(config.backend, config.precision)
         except MissingBackendError as error:
             consoles()[1].print(f"{name}: left out: {error.hint}", style="dim", soft_wrap=True)
         else:

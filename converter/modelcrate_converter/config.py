@@ -85,6 +85,7 @@ class Gates(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     box_score: Gate = 0.0
     score: Gate = 1e-3
     label_flips: Annotated[int, msgspec.Meta(ge=0)] = 0
+    ap_drop: Gate | None = None
 
 
 class ModelNeeds(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):

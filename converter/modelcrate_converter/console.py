@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from modelcrate_bundle.manifest import ParityRecord
     from modelcrate_converter.convert import Conversion
-    from modelcrate_converter.progress import Event
+    from modelcrate_converter.progress import Advanced, Event
 
 
 class Progress:
@@ -23,7 +23,7 @@ class Progress:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._status: Status | None = None
-        self._drawn = 0.0
+        self._drawn = time.monotonic()
 
     def __enter__(self) -> Self:
         return self
@@ -48,14 +48,18 @@ class Progress:
             style = "yellow" if event.level == "warning" else "dim"
             self._console.print(f"  note {event.text}", style=style, soft_wrap=True)
         elif isinstance(event, Advanced):
-            self._advance(event.name, event.done, event.total)
+            self._advance(event)
 
-    def _advance(self, name: str, done: int, total: int | None) -> None:
-        share = f" of {total / 2**20:.1f} MiB ({100 * done // max(total, 1)} %)" if total else " MiB"
-        text = f"{name}: {done / 2**20:.1f}{share}"
+    def _advance(self, event: Advanced) -> None:
+        done, total = event.done, event.total
+        percent = f"({100 * done // max(total, 1)} %)" if total else ""
+        if event.unit == "bytes":
+            text = f"{event.name}: {done / 2**20:.1f}" + (f" of {total / 2**20:.1f} MiB {percent}" if total else " MiB")
+        else:
+            text = f"{event.name}: {done}" + (f" of {total} {percent}" if total else "")
         if self._console.is_terminal:
             self._start(text)
-        elif (total is not None and done == total) or time.monotonic() - self._drawn > 5:
+        elif (event.unit == "bytes" and total is not None and done == total) or time.monotonic() - self._drawn > 5:
             self._drawn = time.monotonic()
             self._console.print(f"  {text}")
 
@@ -91,7 +95,7 @@ def print_parity(out: Console, name: str, record: ParityRecord) -> None:
     for heading in ("what", "figure", "gate", ""):
         table.add_column(heading)
     for row in parity_rows(record):
-        table.add_row(row["what"], row["figure"], row["gate"], Text(row["ok"], style="green" if row["ok"] == "ok" else "bold red"))
+        table.add_row(row["what"], row["figure"], row["gate"], Text(row["ok"], style={"ok": "green", "FAIL": "bold red"}.get(row["ok"], "yellow")))
     out.print(table)
 
 
@@ -137,9 +141,12 @@ def print_summary(out: Console, conversions: list[Conversion]) -> None:
     from modelcrate_runtime.profiler import latency_ms
     from modelcrate_runtime.sessions import SessionOptions, open_session
 
-    table = Table("bundle", "MiB", "relative L-inf", "shift: worst, mean", "ms", "verdict")
-    table.columns[0].no_wrap = table.columns[3].no_wrap = True
-    for column in table.columns[1:5]:
+    has_accuracy = any(conversion.parity is not None and conversion.parity.accuracy for conversion in conversions)
+    table = Table("bundle", "MiB", "L-inf", "shift: worst, mean", *(["AP"] if has_accuracy else []), "ms", "verdict")
+    table.columns[0].overflow = "fold"
+    for column in table.columns[1:]:
+        column.no_wrap = True
+    for column in table.columns[1:-1]:
         column.justify = "right"
     for conversion in conversions:
         record, bundle = conversion.parity, conversion.bundle
@@ -154,5 +161,7 @@ def print_summary(out: Console, conversions: list[Conversion]) -> None:
             session = open_session(bundle, SessionOptions())
             figures[3] = f"{latency_ms(session):.2f}"
             session.close()
-        table.add_row(conversion.id, *figures, conversion.status if conversion.error is None else str(conversion.error))
+        if has_accuracy:
+            figures.insert(3, ", ".join(f"{100 * of.value:.1f}" for of in record.accuracy) if record is not None else "")
+        table.add_row(conversion.id, *figures, conversion.status)
     out.print(table)

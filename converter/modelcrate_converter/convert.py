@@ -16,7 +16,7 @@ import msgspec
 
 from modelcrate_bundle.bundle import Bundle, BundleWriter, sha256_of
 from modelcrate_bundle.errors import ConfigError, ModelcrateError, OutputError, ParityError
-from modelcrate_bundle.manifest import Manifest, ParityRecord, Provenance, Stage, Timing
+from modelcrate_bundle.manifest import AccuracyParity, Manifest, ParityRecord, Provenance, Stage, Timing
 from modelcrate_bundle.tensors import ShapeRange
 from modelcrate_converter.architecture import read_architecture
 from modelcrate_converter.builders import BUILDERS, BackendArtifact, build, check_can_build
@@ -38,9 +38,11 @@ from modelcrate_converter.parity import (
     reference_result,
 )  # fmt: skip
 from modelcrate_converter.precision import apply_plan, measure_ranges, plan_half, prescale_norms
-from modelcrate_converter.progress import Noted, Report, StageClock, ignore
+from modelcrate_converter.progress import Advanced, Noted, Report, StageClock, ignore
 from modelcrate_converter.quantization import Calibration, calibrate, emit_int8, sensitivities
+from modelcrate_converter.reference import Task, measure_accuracy, open_reference, open_unpacked
 from modelcrate_converter.simplify import op_table, simplify
+from modelcrate_runtime.accuracy import Accuracy, Dataset
 from modelcrate_runtime.draw import draw_classes, draw_detections, draw_poses
 from modelcrate_runtime.images import encode_jpeg, read_image
 from modelcrate_runtime.results import Classification, Detections
@@ -67,6 +69,7 @@ class ConvertOptions:
         spec: what a model that is none of ours takes and gives: a TOML file; None for checkpoints of the families that are known here.
         builder: "package.module:attribute", which makes that model; None where the file itself is one.
         calibration: images to calibrate INT8 on; empty takes procedural ones.
+        validation: COCO data to measure the AP of PyTorch and of each target on; None measures none.
     """
 
     out: Path
@@ -80,6 +83,7 @@ class ConvertOptions:
     spec: Path | None = None
     builder: str | None = None
     calibration: tuple[Path, ...] = ()
+    validation: Dataset | None = None
 
 
 @dataclass(kw_only=True, slots=True)
@@ -109,6 +113,18 @@ class Conversion:
     error: ModelcrateError | None = None
 
 
+@dataclass(kw_only=True, slots=True)
+class _Subject:
+    """One checkpoint, and what its targets have in common: it is made once, by the first that needs it."""
+
+    model: ExportableModel
+    options: ConvertOptions
+    images: list[ParityImage]
+    exported: dict[bytes, tuple[OnnxModel, OnnxModel]] = field(default_factory=dict)
+    calibrations: dict[bytes, Calibration] = field(default_factory=dict)
+    reference_accuracy: Accuracy | None = None
+
+
 def convert(
     checkpoint_path: Path | None, configs: Sequence[DeployConfig], options: ConvertOptions, report: Report = ignore, *, taken: Mapping[str, str] | None = None
 ) -> list[Conversion]:
@@ -128,7 +144,7 @@ def convert(
     """
     _check_names([config.target for config in configs], options.name)
     for config in configs:
-        check_can_build(config.backend)
+        check_can_build(config.backend, config.precision)
     clock = StageClock(report=report)
     with clock.stage("load checkpoint" if options.spec is None else "load model") as detail:
         model, skipped = _load_model(checkpoint_path, options)
@@ -165,14 +181,14 @@ def convert(
             (config, stack.enter_context(BundleWriter(options.out / f"{model.name}_{config.target}"))) for config in configs if config.target not in results
         ]
         workdir = Path(stack.enter_context(_work_folder()))
-        exported: dict[bytes, tuple[OnnxModel, OnnxModel]] = {}
+        subject = _Subject(model=model, options=options, images=images)
         for config, writer in waiting:
             conversion = Conversion(id=writer.place.name, target=config.target, place=writer.place, status="failed")
             own = replace(clock, seconds=dict(clock.seconds))
             try:
-                before, canonical = _canonical(model, config, workdir, own, exported)
+                before, canonical = _canonical(subject, config, workdir, own)
                 conversion.op_changes = op_table(before, canonical)
-                _build_bundle(model, config, options, images, keys[config.target], canonical, writer, own, conversion)
+                _build_bundle(subject, config, keys[config.target], canonical, writer, own, conversion)
             except ModelcrateError as error:
                 conversion.error = error
             conversion.seconds = own.seconds
@@ -195,12 +211,11 @@ def _load_model(path: Path | None, options: ConvertOptions) -> tuple[ExportableM
     return read_architecture(checkpoint, model_config=options.model_config, name=options.name, keypoints=options.keypoints), list(checkpoint.skipped)
 
 
-def _canonical(
-    model: ExportableModel, config: DeployConfig, workdir: Path, clock: StageClock, exported: dict[bytes, tuple[OnnxModel, OnnxModel]]
-) -> tuple[OnnxModel, OnnxModel]:
+def _canonical(subject: _Subject, config: DeployConfig, workdir: Path, clock: StageClock) -> tuple[OnnxModel, OnnxModel]:
     """The raw graph before and after simplification, made once for each set of options."""
+    model = subject.model
     key = msgspec.json.encode(config.onnx)
-    if key not in exported:
+    if key not in subject.exported:
         folder = workdir / hashlib.sha256(key).hexdigest()[:8]
         folder.mkdir()
         with clock.stage("read ONNX" if isinstance(model.module, OnnxNetwork) else "export ONNX") as detail:
@@ -216,29 +231,22 @@ def _canonical(
             with clock.stage("simplify") as detail:
                 after = simplify(before, workdir=folder, metadata={"checkpoint": model.checkpoint[1], "model": model.name})
                 detail.append(f"{before.node_count} -> {after.node_count} operators")
-        exported[key] = (before, after)
-    return exported[key]
+        subject.exported[key] = (before, after)
+    return subject.exported[key]
 
 
 def _build_bundle(
-    model: ExportableModel,
-    config: DeployConfig,
-    options: ConvertOptions,
-    images: Sequence[ParityImage],
-    build_key: str,
-    canonical: OnnxModel,
-    writer: BundleWriter,
-    clock: StageClock,
-    conversion: Conversion,
+    subject: _Subject, config: DeployConfig, build_key: str, canonical: OnnxModel, writer: BundleWriter, clock: StageClock, conversion: Conversion
 ) -> None:
     """One target: give the graph its types, build, compare, describe, commit."""
+    model, options = subject.model, subject.options
     with _work_folder() as folder:
         if config.fp16.scale_norm == "prescaled":
             canonical = prescale_norms(canonical, workdir=Path(folder))
-        typed, calibration = _typed(model, config, options, images, canonical, Path(folder), clock)
-        artifact, record = _built_and_compared(model, config, options, images, typed, Path(folder), clock)
+        typed, calibration = _typed(subject, config, canonical, Path(folder), clock)
+        artifact, record = _built_and_compared(subject, config, typed, Path(folder), clock)
         if calibration is not None and config.int8.search and options.verify and not record.passed:
-            artifact, record = _searched(model, config, options, images, canonical, calibration, Path(folder), clock)
+            artifact, record = _searched(subject, config, canonical, calibration, Path(folder), clock)
         conversion.parity = record
         if options.verify and not record.passed:
             raise ParityError(
@@ -253,7 +261,7 @@ def _build_bundle(
             if calibration is not None:
                 writer.add("calibration.json", role="calibration", content=msgspec.json.format(msgspec.json.encode(calibration), indent=1) + b"\n")
             manifest = _describe_manifest(model, artifact, config, record, build_key, clock, target_id=conversion.id)
-            pictures = _add_pictures(model, artifact, manifest, options, images, writer)
+            pictures = _add_pictures(subject, artifact, writer)
             writer.add("README.md", role="readme", content=_render_readme(manifest, pictures))
             conversion.bundle = writer.commit(
                 deploy=describe_deploy(model, artifact, config),
@@ -265,40 +273,58 @@ def _build_bundle(
     conversion.status = "built"
 
 
-def _built_and_compared(
-    model: ExportableModel, config: DeployConfig, options: ConvertOptions, images: Sequence[ParityImage], typed: OnnxModel, workdir: Path, clock: StageClock
-) -> tuple[BackendArtifact, ParityRecord]:
+def _built_and_compared(subject: _Subject, config: DeployConfig, typed: OnnxModel, workdir: Path, clock: StageClock) -> tuple[BackendArtifact, ParityRecord]:
+    model = subject.model
     with clock.stage(f"build {config.target}") as detail:
         artifact = build(model, typed, config, workdir=workdir)
         detail.append(", ".join(f"{path.name} {path.stat().st_size / 2**20:.1f} MiB" for path in artifact.files.values()))
-    if not options.verify:
+    if not subject.options.verify:
         return artifact, ParityRecord(verified=False)
     with clock.stage("check parity") as detail:
-        record = check_parity(model, artifact, images, config.gates)
+        record = check_parity(model, artifact, subject.images, config.gates)
         detail.append(f"{record.samples} inputs from {len(record.images)} images")
+    if subject.options.validation is not None:
+        record.accuracy = [_measured(subject, artifact, config, subject.options.validation, clock)]
+        record.decided_by = "accuracy" if config.precision == "int8" and config.gates.ap_drop is not None else "parity"
     return artifact, record
 
 
+def _measured(subject: _Subject, artifact: BackendArtifact, config: DeployConfig, data: Dataset, clock: StageClock) -> AccuracyParity:
+    """AP of PyTorch, measured by the first target that asks, and of the artefact, through the same classes on the same images."""
+
+    def measure(what: str, opened: Task) -> Accuracy:
+        def report(done: int, total: int) -> None:
+            clock.report(Advanced(name=f"AP of {what}", done=done, total=total, unit="items"))
+
+        with clock.stage(f"AP of {what}") as detail, opened as task:
+            accuracy = measure_accuracy(task, data, report)
+            detail.append(f"{accuracy.figures['AP']:.4f} on {accuracy.images} images" + (f", {len(accuracy.skipped)} skipped" if accuracy.skipped else ""))
+        return accuracy
+
+    if subject.reference_accuracy is None:
+        subject.reference_accuracy = measure(subject.model.reference, open_reference(subject.model))
+        for skipped in subject.reference_accuracy.skipped:
+            clock.report(Noted(text=skipped, level="warning"))
+    reference, ours = subject.reference_accuracy, measure(config.target, open_unpacked(subject.model, artifact))
+    return AccuracyParity(
+        name=f"{ours.kind}_ap", data=data.annotations.name, images=ours.images,
+        reference=reference.figures["AP"], value=ours.figures["AP"], gate=config.gates.ap_drop,
+    )  # fmt: skip
+
+
 def _searched(
-    model: ExportableModel,
-    config: DeployConfig,
-    options: ConvertOptions,
-    images: Sequence[ParityImage],
-    canonical: OnnxModel,
-    calibration: Calibration,
-    workdir: Path,
-    clock: StageClock,
+    subject: _Subject, config: DeployConfig, canonical: OnnxModel, calibration: Calibration, workdir: Path, clock: StageClock
 ) -> tuple[BackendArtifact, ParityRecord]:
     """INT8 outside its gates: leave the convolutions that move the outputs most in float32, twice as many each time, until the rest is inside."""
     with clock.stage("search sensitive layers") as detail:
-        inputs = list(network_inputs(model, images))[:4]
+        inputs = list(network_inputs(subject.model, subject.images))[:4]
         ranked = sensitivities(canonical, calibration, config.int8, inputs, workdir=workdir)
         detail.append(f"{ranked[0].layer} moves the outputs by {ranked[0].error:.2g}, {ranked[-1].layer} by {ranked[-1].error:.1g}")
     left_out = min(1, len(ranked) - 1)  # what says INT8 has a layer in INT8
     while True:
         names = [item.layer for item in ranked[:left_out]]
         typed = emit_int8(canonical, calibration, config.int8, workdir=workdir, leave_out=names)
-        artifact, record = _built_and_compared(model, config, options, images, typed, workdir, clock)
+        artifact, record = _built_and_compared(subject, config, typed, workdir, clock)
         if record.passed:
             clock.report(Noted(text=f"{left_out} of {len(ranked)} convolutions stay in float32: {', '.join(names[:6])}{' ...' if left_out > 6 else ''}"))
         if record.passed or not 0 < 2 * left_out < len(ranked):
@@ -306,35 +332,32 @@ def _searched(
         left_out *= 2
 
 
-def _typed(
-    model: ExportableModel,
-    config: DeployConfig,
-    options: ConvertOptions,
-    images: Sequence[ParityImage],
-    canonical: OnnxModel,
-    workdir: Path,
-    clock: StageClock,
-) -> tuple[OnnxModel, Calibration | None]:
+def _typed(subject: _Subject, config: DeployConfig, canonical: OnnxModel, workdir: Path, clock: StageClock) -> tuple[OnnxModel, Calibration | None]:
     """The graph in the target's precision, where that is a matter of the graph; and the calibration that it came from."""
+    model = subject.model
     if config.precision not in BUILDERS[config.backend].typed:
         return canonical, None
     if config.precision == "int8":
-        with clock.stage("calibrate") as detail:
-            calibration = calibrate(canonical, lambda: _calibration_inputs(model, config, options), config.int8, workdir=workdir)
-            detail.append(f"{len(calibration.ranges)} ranges from {calibration.inputs} inputs, {calibration.method}")
-        return emit_int8(canonical, calibration, config.int8, workdir=workdir), calibration
+        # Ranges are a matter of the graph and of the method; what a backend makes of them is its own.
+        key = msgspec.json.encode([config.onnx, config.fp16.scale_norm, config.int8.method, config.int8.percentile, config.int8.scenes])
+        if key not in subject.calibrations:
+            with clock.stage("calibrate") as detail:
+                calibration = calibrate(canonical, lambda: _calibration_inputs(subject, config), config.int8, workdir=workdir)
+                detail.append(f"{len(calibration.ranges)} ranges from {calibration.inputs} inputs, {calibration.method}")
+            subject.calibrations[key] = calibration
+        return emit_int8(canonical, subject.calibrations[key], config.int8, workdir=workdir), subject.calibrations[key]
     with clock.stage("plan precision") as detail:
-        ranges = measure_ranges(canonical, network_inputs(model, images), workdir=workdir)
+        ranges = measure_ranges(canonical, network_inputs(model, subject.images), workdir=workdir)
         plan = plan_half(canonical, ranges, headroom=config.fp16.headroom)
         detail.append(plan.summary)
         return apply_plan(canonical, plan, workdir=workdir), None
 
 
-def _calibration_inputs(model: ExportableModel, config: DeployConfig, options: ConvertOptions) -> Iterator[NDArray[np.float32]]:
+def _calibration_inputs(subject: _Subject, config: DeployConfig) -> Iterator[NDArray[np.float32]]:
     """What INT8 is calibrated on, one input after another: the images that were given for it, or procedural scenes."""
-    if not options.calibration:
-        return calibration_inputs(model, config.int8.scenes)
-    return network_inputs(model, (given_image(path, read_image(path)) for path in options.calibration))
+    if not subject.options.calibration:
+        return calibration_inputs(subject.model, config.int8.scenes)
+    return network_inputs(subject.model, (given_image(path, read_image(path)) for path in subject.options.calibration))
 
 
 def _describe_manifest(
@@ -382,39 +405,30 @@ def _render_readme(manifest: Manifest, pictures: list[str]) -> bytes:
     return environment.get_template("README.md.j2").render(manifest=manifest, parity_rows=parity_rows(manifest.parity), pictures=pictures).encode()
 
 
-def _add_pictures(
-    model: ExportableModel, artifact: BackendArtifact, manifest: Manifest, options: ConvertOptions, images: Sequence[ParityImage], writer: BundleWriter
-) -> list[str]:
+def _add_pictures(subject: _Subject, artifact: BackendArtifact, writer: BundleWriter) -> list[str]:
     """PyTorch's result and the artefact's on the first given image, as MMDeploy's `deploy.py` draws them; none for procedural images."""
-    if not options.images or model.task == "Network":  # only the caller knows what tensors mean
+    model = subject.model
+    if not subject.options.images or model.task == "Network":  # only the caller knows what tensors mean
         return []
-    image = images[0].image
+    image = subject.images[0].image
     pictures = {
         f"output_{'given' if isinstance(model.module, OnnxNetwork) else 'pytorch'}.jpg": _drawn(model, reference_result(model, image), image),
-        f"output_{artifact.backend}.jpg": _drawn(model, _artifact_result(model, artifact, manifest, image), image),
+        f"output_{artifact.backend}.jpg": _drawn(model, _artifact_result(model, artifact, image), image),
     }
     for name, picture in pictures.items():
         writer.add(name, role="picture", content=encode_jpeg(picture))
     return list(pictures)
 
 
-def _artifact_result(model: ExportableModel, artifact: BackendArtifact, manifest: Manifest, image: NDArray[np.uint8]) -> object:
-    """What users of the bundle will get: through the same classes, from the artefact before it is in a bundle."""
-    deploy = describe_deploy(model, artifact, DeployConfig(target="", backend=artifact.backend, precision="fp32"))
-    bundle = Bundle.of_files(
-        deploy=deploy,
-        pipeline=describe_pipeline(model, has_nms=artifact.has_nms, is_batched=artifact.inputs[0].is_batch_dynamic),
-        files=artifact.files,
-        manifest=manifest,
-    )
-    if model.task == "Detector":
-        with Detector(bundle, verify=False) as detector:
-            return detector.detect(image)
-    if model.task == "Classifier":
-        with Classifier(bundle, verify=False) as classifier:
-            return classifier.classify(image)
-    with PoseDetector(bundle, verify=False) as estimator:
-        return estimator.estimate(image)
+def _artifact_result(model: ExportableModel, artifact: BackendArtifact, image: NDArray[np.uint8]) -> object:
+    """What users of the bundle will get."""
+    with open_unpacked(model, artifact) as task:
+        if isinstance(task, Detector):
+            return task.detect(image)
+        if isinstance(task, Classifier):
+            return task.classify(image)
+        assert isinstance(task, PoseDetector)
+        return task.estimate(image)
 
 
 def _drawn(model: ExportableModel, result: object, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -443,6 +457,7 @@ def _build_key(model: ExportableModel, config: DeployConfig, options: ConvertOpt
         "images": [[image.name, hashlib.sha256(image.image.tobytes()).hexdigest()] for image in images],
         "drawn": bool(options.images),
         "calibration": [sha256_of(path) for path in options.calibration] if config.precision == "int8" else [],
+        "validation": [sha256_of(options.validation.annotations), len(options.validation.content.images)] if options.validation else [],
         "verify": options.verify,
         "tools": tool_versions(),
     }

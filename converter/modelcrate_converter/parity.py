@@ -389,9 +389,12 @@ def reference_result(model: ExportableModel, image: NDArray[np.uint8]) -> Detect
 
 
 def failed_gates(record: ParityRecord) -> list[str]:
-    """The figures outside their gates, in words."""
+    """The figures outside their gates that decide, in words."""
+    dropped = [f"{p.name} drops by {p.drop:.2f} points > {p.gate:g}" for p in record.accuracy if not p.passed]
+    if record.decided_by == "accuracy":
+        return dropped
     wrong = [f"{p.name} {p.relative_linf:.2g} > {p.gate:g}" for p in record.outputs if not p.passed]
-    return wrong + [_failed(p) for p in record.pixels if not p.passed]
+    return wrong + [_failed(p) for p in record.pixels if not p.passed] + dropped
 
 
 def _failed(figure: PixelParity) -> str:
@@ -403,14 +406,20 @@ def _failed(figure: PixelParity) -> str:
 
 def parity_rows(record: ParityRecord) -> list[Mapping[str, str]]:
     """The record as rows of a table: what, figure, gate, verdict."""
+    beyond = "FAIL" if record.decided_by == "parity" else "beyond"
     rows: list[Mapping[str, str]] = [
-        {"what": f"{p.name} (relative L-inf)", "figure": f"{p.relative_linf:.2e}", "gate": f"{p.gate:g}", "ok": "ok" if p.passed else "FAIL"}
+        {"what": f"{p.name} (relative L-inf)", "figure": f"{p.relative_linf:.2e}", "gate": f"{p.gate:g}", "ok": "ok" if p.passed else beyond}
         for p in record.outputs
     ]
     for figure in record.pixels:
         count = f"{figure.count}" + (f", {figure.undecided} undecided" if figure.undecided else "")
         what = f"{figure.name.removesuffix('_px').replace('_', ' ')} ({count})"
-        rows.append({"what": what, "figure": _figure(figure), "gate": _gate(figure), "ok": "ok" if figure.passed else "FAIL"})
+        rows.append({"what": what, "figure": _figure(figure), "gate": _gate(figure), "ok": "ok" if figure.passed else beyond})
+    for accuracy in record.accuracy:
+        what = f"AP of {accuracy.name.removesuffix('_ap')} ({accuracy.images} images)"
+        shown = f"{100 * accuracy.value:.2f}, {record.reference} {100 * accuracy.reference:.2f}"
+        gate = f"drop {accuracy.gate:g}" if accuracy.gate is not None else ""
+        rows.append({"what": what, "figure": shown, "gate": gate, "ok": "ok" if accuracy.passed else "FAIL"})
     return rows
 
 

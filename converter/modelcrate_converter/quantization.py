@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -18,9 +18,11 @@ import numpy as np
 
 from modelcrate_bundle.errors import ExportError
 from modelcrate_converter.export import OnnxModel, save_onnx
+from modelcrate_converter.ncnn_network import QuantizedConvolution
 from modelcrate_converter.observe import normalized, observe
 
 if TYPE_CHECKING:
+    import onnx
     from numpy.typing import NDArray
 
     from modelcrate_converter.config import Int8Options
@@ -178,6 +180,7 @@ def emit_int8(
             weight_type=ort.QuantType.QInt8, nodes_to_quantize=layers, calibration_cache_path=str(cache),
             extra_options={
                 "ActivationSymmetric": options.activations == "int8",
+                "QuantizeBias": options.activations != "int8",  # TensorRT and ncnn add it in float
                 "OpTypesToExcludeOutputQuantization": [] if options.quantize_results else ["Conv"],
             },
         )  # fmt: skip
@@ -188,6 +191,63 @@ def emit_int8(
         logging.root.setLevel(level)
     metadata = {entry.key: entry.value for entry in proto.metadata_props}
     return save_onnx(quantized, path, inputs=model.inputs, outputs=model.outputs, metadata=metadata)
+
+
+def dequantized(model: OnnxModel, *, workdir: Path) -> tuple[OnnxModel, list[QuantizedConvolution]]:
+    """Take an emitted graph apart, for a backend that has its own form of INT8: the float32 graph, and what it is to quantise.
+
+    Args:
+        model: as `emit_int8` writes it, with signed activations.
+        workdir: where `dequantized.onnx` goes.
+
+    Returns:
+        The graph without QuantizeLinear and DequantizeLinear, its weights on the levels that they had; and its convolutions that had them on both sides.
+    """
+    import onnx
+
+    proto = normalized(onnx.load(model.path))
+    graph = proto.graph
+    constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    scales: dict[str, float] = {}  # tensor behind a pair -> its scale
+    same: dict[str, str] = {}  # tensor behind a pair, or behind one half of it -> what went in
+    kept = []
+    for node in graph.node:
+        if node.op_type == "QuantizeLinear":
+            same[node.output[0]] = same.get(node.input[0], node.input[0])
+        elif node.op_type == "DequantizeLinear" and node.input[0] in constants:
+            constants[node.output[0]] = _floats(node, constants)
+        elif node.op_type == "DequantizeLinear":
+            same[node.output[0]] = same[node.input[0]]
+            scales[node.output[0]] = float(constants[node.input[1]])
+        else:
+            kept.append(node)
+    convolutions = [
+        QuantizedConvolution(weights=constants[node.input[1]], scale=scales[node.input[0]])
+        for node in kept
+        if node.op_type == "Conv" and node.input[0] in scales
+    ]
+    makers = {name: node for node in kept for name in node.output}
+    behind_pairs = [value.name for value in graph.output if value.name in same]
+    kept += [onnx.helper.make_node("Identity", [same[name]], [name], name=f"{name}_same") for name in behind_pairs]
+    for node in kept:
+        for i, name in enumerate(node.input):
+            node.input[i] = same.get(name, name)
+    used = {name for node in kept for name in node.input} | {value.name for value in graph.output}
+    del graph.node[:], graph.initializer[:]
+    graph.node.extend(kept)
+    graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in constants.items() if name in used and name not in makers)
+    metadata = {entry.key: entry.value for entry in proto.metadata_props}
+    return save_onnx(proto, workdir / "dequantized.onnx", inputs=model.inputs, outputs=model.outputs, metadata=metadata), convolutions
+
+
+def _floats(node: onnx.NodeProto, constants: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+    """What a DequantizeLinear makes of a constant."""
+    levels, scale = constants[node.input[0]], constants[node.input[1]]
+    zero = constants[node.input[2]] if len(node.input) > 2 else np.zeros((), dtype=levels.dtype)
+    axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
+    shape = [-1 if i == axis % max(levels.ndim, 1) else 1 for i in range(levels.ndim)] if scale.ndim else []
+    values: NDArray[np.float32] = (levels.astype(np.float32) - zero.astype(np.float32).reshape(shape)) * scale.reshape(shape)
+    return values
 
 
 def sensitivities(model: OnnxModel, calibration: Calibration, options: Int8Options, inputs: list[NDArray[np.float32]], *, workdir: Path) -> list[Sensitivity]:

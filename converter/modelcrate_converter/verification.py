@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -16,10 +16,13 @@ from modelcrate_converter.builders import BackendArtifact
 from modelcrate_converter.checkpoint import read_checkpoint
 from modelcrate_converter.config import DeployConfig, OnnxOptions, load_config, target_names
 from modelcrate_converter.export import OnnxModel, export_onnx
+from modelcrate_converter.ncnn_network import float_weights, read_network
 from modelcrate_converter.observe import observe
 from modelcrate_converter.own_model import read_own_model
 from modelcrate_converter.parity import ParityImage, check_parity, network_inputs
 from modelcrate_converter.simplify import simplify
+from modelcrate_runtime.sessions import SessionOptions, open_artefact
+from modelcrate_runtime.sessions.ncnn_session import NcnnSession
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
     from modelcrate_bundle.bundle import Bundle
     from modelcrate_bundle.manifest import Manifest, ParityRecord
     from modelcrate_converter.exportable import ExportableModel
+
+Tensors: TypeAlias = dict[str, "NDArray[Any]"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,7 +103,7 @@ def bisect_bundle(bundle: Bundle, model: ExportableModel, images: Sequence[Parit
     """Compare the inner tensors of a bundle with those of the float32 graph of its checkpoint, on the first input of the images.
 
     Args:
-        bundle: for ONNX Runtime or OpenVINO: the others do not show their inner tensors by the graph's names.
+        bundle: for a backend that shows its inner tensors.
         model: see `read_reference`.
         images: what to run on.
 
@@ -114,7 +119,18 @@ def bisect_bundle(bundle: Bundle, model: ExportableModel, images: Sequence[Parit
         (workdir / "reference").mkdir()
         graph = _reference_graph(model, workdir / "reference")
         (theirs,) = observe(graph, [tensor], workdir=workdir)
-        ours = _inner_tensors(bundle, graph, tensor, names=list(theirs), workdir=workdir)
+        artifact = artifact_of(bundle)
+        if artifact.backend == "onnxruntime":
+            ours = _onnxruntime_tensors(artifact, graph, tensor, theirs, workdir=workdir)
+        elif artifact.backend == "openvino":
+            ours = _openvino_tensors(artifact, tensor, theirs)
+        elif artifact.backend == "ncnn":
+            ours = _ncnn_tensors(artifact, graph, tensor, theirs)
+        else:
+            raise UnsupportedBundleError(
+                f"{bundle.root}: bisect: expected a bundle for onnxruntime, openvino or ncnn, which show their inner tensors, found {artifact.backend}",
+                hint="modelcrate verify compares its outputs",
+            )
         operators = _makers(graph)
     order = [name for name in operators if name in theirs and name in ours and theirs[name].shape == ours[name].shape]
     return [Divergence(tensor=name, operator=operators[name], relative_linf=_distance(ours[name], theirs[name])) for name in order]
@@ -124,33 +140,60 @@ def _reference_graph(model: ExportableModel, workdir: Path) -> OnnxModel:
     return simplify(export_onnx(model, OnnxOptions(), workdir=workdir), workdir=workdir, metadata={})
 
 
-def _inner_tensors(bundle: Bundle, graph: OnnxModel, tensor: NDArray[np.float32], *, names: list[str], workdir: Path) -> dict[str, NDArray[Any]]:
-    artifact = artifact_of(bundle)
-    if artifact.backend == "onnxruntime":
-        own = OnnxModel(path=artifact.files["net"], sha256="", opset=graph.opset, inputs=artifact.inputs, outputs=artifact.outputs, op_counts={})
-        (values,) = observe(own, [tensor], workdir=workdir)
-        return {name: values[name] for name in names if name in values}
-    if artifact.backend == "openvino":
-        return _openvino_tensors(artifact, tensor, names=names)
-    raise UnsupportedBundleError(
-        f"{bundle.root}: bisect: expected a bundle for onnxruntime or openvino, which show their inner tensors, found {artifact.backend}",
-        hint="modelcrate verify compares its outputs",
-    )
+def _onnxruntime_tensors(artifact: BackendArtifact, graph: OnnxModel, tensor: NDArray[np.float32], theirs: Tensors, *, workdir: Path) -> Tensors:
+    own = OnnxModel(path=artifact.files["net"], sha256="", opset=graph.opset, inputs=artifact.inputs, outputs=artifact.outputs, op_counts={})
+    (values,) = observe(own, [tensor], workdir=workdir)
+    return {name: values[name] for name in theirs if name in values}
 
 
-def _openvino_tensors(artifact: BackendArtifact, tensor: NDArray[np.float32], *, names: list[str]) -> dict[str, NDArray[Any]]:
+def _openvino_tensors(artifact: BackendArtifact, tensor: NDArray[np.float32], theirs: Tensors) -> Tensors:
     import openvino as ov
 
     core: Any = ov.Core()
     network = core.read_model(str(artifact.files["net"]), str(artifact.files["weights"]))
     known = {name for operation in network.get_ordered_ops() for port in operation.outputs() for name in port.get_names()}
-    shown = [name for name in names if name in known]
+    shown = [name for name in theirs if name in known]
     have = {name for port in network.outputs for name in port.get_names()}
     network.add_outputs([name for name in shown if name not in have])
     hint = {"bf16": "bf16"}.get(artifact.precision, "f32")
     request = core.compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": hint}).create_infer_request()
     results = request.infer([tensor])
     return {name: np.array(value) for port, value in results.items() for name in port.get_names() if name in shown}
+
+
+def _ncnn_tensors(artifact: BackendArtifact, graph: OnnxModel, tensor: NDArray[np.float32], theirs: Tensors) -> Tensors:
+    """What goes into each layer with weights, and the outputs: pnnx renames everything else, but a layer is known by its weights."""
+    import onnx
+
+    proto = onnx.load(graph.path)
+    constants = {value.name: onnx.numpy_helper.to_array(value) for value in proto.graph.initializer}
+    waiting = [
+        (np.sort(constants[name], axis=None), node.input[0])
+        for node in proto.graph.node
+        if node.op_type in {"Conv", "Gemm", "MatMul"}
+        for name in node.input[1:2]
+        if name in constants
+    ]
+    text, content = (artifact.files[role] for role in ("net", "weights"))
+    layers = read_network(text.read_text(encoding="utf-8"), content.read_bytes(), where=str(text))
+    layers = [layer for layer in layers if layer.weights and layer.bottoms]
+    session = open_artefact("ncnn", artifact.files, SessionOptions(precision=artifact.precision), where=str(text))
+    assert isinstance(session, NcnnSession)
+    try:
+        feeds = {artifact.inputs[0].name: tensor}
+        blobs = session.blobs(feeds, [layer.bottoms[0] for layer in layers])
+        found: Tensors = {name: value for name, value in session.run(feeds).items() if name in theirs}
+    finally:
+        session.close()
+    for layer in layers:
+        blob, weights = blobs[layer.bottoms[0]], np.sort(float_weights(layer), axis=None)
+        for i, (reference, name) in enumerate(waiting):
+            # Convolutions that share their weights are told apart by the size of what they read.
+            if reference.size == weights.size and name in theirs and theirs[name].size == blob.size and _distance(weights, reference) < 0.02:
+                found[name] = blob.reshape(theirs[name].shape)
+                del waiting[i]
+                break
+    return found
 
 
 def _makers(graph: OnnxModel) -> dict[str, str]:

@@ -82,6 +82,7 @@ class _Task:
         streams: int | None = None,
         verify: bool = True,
         warmup: int = 0,
+        session: Session | None = None,
     ) -> None:
         """Load a bundle.
 
@@ -96,6 +97,7 @@ class _Task:
                 one per thread, which loads the network a second time at the first such batch. 1 is never more than one call at a time.
             verify: whether to compare the files with the manifest's hashes first.
             warmup: network calls of each kind on zeros before the constructor returns, so that the first image is not the slow one.
+            session: the network, already loaded, instead of the bundle's; it is closed with the task.
 
         Raises:
             BundleError: see `Bundle.open` and `Bundle.verify`.
@@ -114,7 +116,7 @@ class _Task:
         self._preprocessor = Preprocessor(
             bundle.pipeline, geometry=self.geometry, where=str(bundle.root), resampling=bundle.manifest.resampling if bundle.manifest else None
         )
-        self.session: Session = open_session(
+        self.session: Session = session or open_session(
             bundle,
             SessionOptions(device=device_name, device_id=device_id, threads=threads, providers=tuple(providers) if providers else None, streams=streams),
         )

@@ -6,7 +6,7 @@ Same inputs give the same bytes, but for `timing`: `content_sha256` is the hash 
 from __future__ import annotations
 
 import hashlib
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import msgspec
 
@@ -80,25 +80,60 @@ class PixelParity(Record, kw_only=True):
     passed: bool
 
 
+class AccuracyParity(Record, kw_only=True):
+    """One figure of accuracy on a validation set, of the artefact and of the reference.
+
+    Attributes:
+        name: bbox_ap or keypoints_ap (in true boxes): COCO's AP from 0 to 1.
+        data: file name of the annotations, without folders.
+        images: how many images.
+        reference: the reference's figure.
+        value: the artefact's.
+        gate: the limit for the drop, in points: hundredths of AP; None where it does not decide.
+    """
+
+    name: str
+    data: str
+    images: int
+    reference: float
+    value: float
+    gate: float | None = None
+
+    @property
+    def drop(self) -> float:
+        """How much lower the artefact's is, in points."""
+        return 100 * (self.reference - self.value)
+
+    @property
+    def passed(self) -> bool:
+        """Whether the drop is inside its gate."""
+        return self.gate is None or self.drop <= self.gate
+
+
 class ParityRecord(Record, kw_only=True):
     """The comparison that the bundle passed, or that it was not made.
 
     Attributes:
         verified: whether it was made.
+        decided_by: "parity": every figure has to be inside its gate; "accuracy": of INT8 that was measured on a validation set, the drop of its AP alone.
         reference: with what: "PyTorch", eager and in float32, or the ONNX file that the bundle was made from.
     """
 
     verified: bool
+    decided_by: Literal["parity", "accuracy"] = "parity"
     reference: str = "PyTorch"
     images: list[str] = msgspec.field(default_factory=list)
     samples: int = 0
     outputs: list[OutputParity] = msgspec.field(default_factory=list)
     pixels: list[PixelParity] = msgspec.field(default_factory=list)
+    accuracy: list[AccuracyParity] = msgspec.field(default_factory=list)
 
     @property
     def passed(self) -> bool:
-        """Whether every figure is inside its gate."""
-        return self.verified and all(p.passed for p in self.outputs) and all(p.passed for p in self.pixels)
+        """Whether every figure that decides is inside its gate."""
+        if not (self.verified and all(p.passed for p in self.accuracy)):
+            return False
+        return self.decided_by == "accuracy" or (all(p.passed for p in self.outputs) and all(p.passed for p in self.pixels))
 
 
 class Provenance(Record, kw_only=True):

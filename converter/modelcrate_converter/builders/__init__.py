@@ -69,14 +69,18 @@ _CONVERT: Final = ("torch", "onnx", "onnxsim", "onnxscript", "safetensors", "jin
 """What every build needs, whatever the backend."""
 BUILDERS: Final[Mapping[str, Builder]] = {
     "onnxruntime": Builder(module="modelcrate_converter.builders.onnxruntime_builder", needs=(*_CONVERT, "onnxruntime"), typed=("fp16", "int8")),
-    "openvino": Builder(module="modelcrate_converter.builders.openvino_builder", needs=(*_CONVERT, "openvino", "onnxruntime"), typed=("int8",)),
-    "ncnn": Builder(module="modelcrate_converter.builders.ncnn_builder", needs=(*_CONVERT, "ncnn", "pnnx"), extras=("pnnx",)),
+    "openvino": Builder(module="modelcrate_converter.builders.openvino_builder", needs=(*_CONVERT, "openvino"), typed=("int8",)),
+    "ncnn": Builder(module="modelcrate_converter.builders.ncnn_builder", needs=(*_CONVERT, "ncnn", "pnnx"), extras=("pnnx",), typed=("int8",)),
 }
 """Backend name -> how to build for it."""
 
 
-def check_can_build(backend: str) -> None:
+def check_can_build(backend: str, precision: str = "fp32") -> None:
     """Refuse early what would fail late.
+
+    Args:
+        backend: the deploy config's.
+        precision: the deploy config's: a typed graph is made with ONNX Runtime, whatever the backend.
 
     Raises:
         ConfigError: a backend without a builder.
@@ -85,18 +89,19 @@ def check_can_build(backend: str) -> None:
     builder = BUILDERS.get(backend)
     if builder is None:
         raise ConfigError(f"backend: expected one of {', '.join(BUILDERS)}, found {backend!r}")
-    missing = [name for name in builder.needs if importlib.util.find_spec(name) is None]
+    typing = ("onnxruntime",) if precision in builder.typed else ()
+    missing = [name for name in dict.fromkeys((*builder.needs, *typing)) if importlib.util.find_spec(name) is None]
     if missing:
+        extras = dict.fromkeys((backend, *builder.extras, *typing))
         raise MissingBackendError(
-            f"building for {backend} needs {', '.join(missing)}, not installed",
-            hint=f"pip install 'modelcrate[convert,{','.join((backend, *builder.extras))}]'",
+            f"building for {backend} needs {', '.join(missing)}, not installed", hint=f"pip install 'modelcrate[convert,{','.join(extras)}]'"
         )
 
 
-def can_build(backend: str) -> bool:
-    """Whether everything is installed that a build for this backend needs."""
+def can_build(backend: str, precision: str = "fp32") -> bool:
+    """Whether everything is installed that a build for this backend, in this precision, needs."""
     try:
-        check_can_build(backend)
+        check_can_build(backend, precision)
     except MissingBackendError:
         return False
     return True

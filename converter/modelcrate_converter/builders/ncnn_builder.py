@@ -1,4 +1,7 @@
-"""ncnn through pnnx, in a process of its own: neither its exit code nor its file is believed before the network has run."""
+"""ncnn through pnnx, in a process of its own: neither its exit code nor its file is believed before the network has run.
+
+INT8 is written here: see `modelcrate_converter.ncnn_network`.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,8 @@ from typing import TYPE_CHECKING, Final
 from modelcrate_bundle.errors import BundleError, ConfigError, ExportError, MissingBackendError
 from modelcrate_converter.builders import BackendArtifact
 from modelcrate_converter.exportable import BoxesFacts, DetectorFacts
+from modelcrate_converter.ncnn_network import QuantizedConvolution, quantize_convolutions, read_network, write_network
+from modelcrate_converter.quantization import dequantized
 from modelcrate_runtime.sessions import SessionOptions, open_artefact
 
 if TYPE_CHECKING:
@@ -48,12 +53,12 @@ def build(model: ExportableModel, source: OnnxModel, config: DeployConfig, *, wo
 
     Args:
         model: what is being converted.
-        source: the canonical graph.
+        source: the canonical graph; for `int8` a graph with QuantizeLinear and DequantizeLinear, which are taken out of it again: ncnn has its own form.
         config: the target: fp16 stores the weights in float16.
         workdir: where the files go.
 
     Raises:
-        ConfigError: suppression in the graph, which ncnn does not have.
+        ConfigError: suppression in the graph, or unsigned INT8, neither of which ncnn has.
         MissingBackendError: a pnnx that cannot read ONNX.
         ExportError: pnnx fails, or what it writes is no ncnn network, or does not run.
     """
@@ -61,6 +66,11 @@ def build(model: ExportableModel, source: OnnxModel, config: DeployConfig, *, wo
         raise ConfigError(f"{config.target}: expected a network that ncnn has the layers of, found one that suppresses boxes itself", hint="another target")
     if isinstance(model.postprocess, DetectorFacts) and config.nms.where == "graph":
         raise ConfigError(f"{config.target}: nms.where: expected runtime for ncnn, which has no NonMaxSuppression, found graph", hint="--nms runtime")
+    if config.precision == "int8" and config.int8.activations != "int8":
+        raise ConfigError(f"{config.target}: int8.activations: expected int8 for ncnn, whose INT8 is signed, found {config.int8.activations}")
+    convolutions: list[QuantizedConvolution] = []
+    if config.precision == "int8":
+        source, convolutions = dequantized(source, workdir=workdir)
     shape = ",".join(str(dim) for dim in (1, *source.inputs[0].shape[1:]))
     written = {f"pnnx{kind}": workdir / f"pnnx.{kind}" for kind in ("param", "bin", "py", "onnx")} | {"ncnnpy": workdir / "pnnx.ncnn.py"}
     written |= {"ncnnparam": workdir / "pnnx.ncnn.param", "ncnnbin": workdir / "end2end.bin"}
@@ -76,6 +86,12 @@ def build(model: ExportableModel, source: OnnxModel, config: DeployConfig, *, wo
         text = named(text, inputs=source.inputs, outputs=source.outputs)
     except (ValueError, IndexError) as error:
         raise ExportError(f"{model.name}: expected pnnx to write a .param, found: {text[:100]!r}") from error
+    if convolutions:
+        layers = read_network(text, files["weights"].read_bytes(), where=model.name)
+        if not quantize_convolutions(layers, convolutions):
+            raise ExportError(f"{model.name}: expected pnnx to keep the weights of its convolutions, found none of them", hint="use ncnn or ncnn-fp16")
+        text, content = write_network(layers)
+        files["weights"].write_bytes(content)
     files["net"].write_text(text, encoding="utf-8")
     options = SessionOptions(precision=config.precision)
     # A network that is wrong may end the process that runs it: first in another one.

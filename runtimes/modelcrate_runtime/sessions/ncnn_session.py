@@ -13,7 +13,7 @@ from modelcrate_bundle.tensors import Dim, TensorSpec
 from modelcrate_runtime.cores import usable_cores
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -84,6 +84,21 @@ class NcnnSession:
         Raises:
             InputError: a name, shape or dtype that the network does not take; or the session is closed.
         """
+        self._check(feeds)
+        return dict(self._extract(feeds))
+
+    run_beside = run
+
+    def blobs(self, feeds: Mapping[str, NDArray[np.generic]], names: Sequence[str]) -> dict[str, NDArray[np.generic]]:
+        """Run once and show inner blobs, by their names in the `.param`, without a batch axis.
+
+        Raises:
+            InputError: as `run`; or there is no such blob.
+        """
+        self._check(feeds)
+        return self._extract(feeds, names)
+
+    def _check(self, feeds: Mapping[str, NDArray[np.generic]]) -> None:
         if self._net is None:
             raise InputError("ncnn: expected an open session, found a closed one", hint="run it inside the with block")
         expected = {spec.name: spec for spec in self.inputs}
@@ -91,26 +106,25 @@ class NcnnSession:
             wanted = ", ".join(f"{spec.name} {spec.dtype}{list(spec.shape)}" for spec in self.inputs)
             found = ", ".join(f"{name} {value.dtype}{list(value.shape)}" for name, value in feeds.items()) or "nothing"
             raise InputError(f"ncnn: expected {wanted}, found {found}", hint="ncnn takes one sample at a time")
-        return dict(self._extract(feeds))
 
-    run_beside = run
-
-    def _extract(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.generic]]:
+    def _extract(self, feeds: Mapping[str, NDArray[Any]], blobs: Sequence[str] | None = None) -> dict[str, NDArray[np.generic]]:
         ncnn: Any = importlib.import_module("ncnn")
         # An extractor belongs to one call; the network's memory pools are shared by all of them.
         with self._lock:
             extractor = self._net.create_extractor()
+            extractor.set_light_mode(blobs is None)  # light: a blob is freed as soon as the last layer has read it
             for name, value in feeds.items():
                 held = np.ascontiguousarray(value[0])  # a Mat does not keep the array that it is made of
                 # A copy: a first layer that works in place ends the process on memory that is not ncnn's.
                 if extractor.input(name, ncnn.Mat(held).clone()) != 0:
                     raise InputError(f"ncnn: expected to set the input {name}, found that ncnn refuses it")
             results: dict[str, NDArray[np.generic]] = {}
-            for name in self._names:
+            for name in self._names if blobs is None else blobs:
                 status, mat = extractor.extract(name)
                 if status != 0:
                     raise InputError(f"ncnn: expected the output {name}, found error {status}: is there memory for it?")
-                results[name] = np.array(mat, dtype=np.float32)[None]
+                value = np.array(mat, dtype=np.float32)
+                results[name] = value[None] if blobs is None else value
         return results
 
     def close(self) -> None:
