@@ -303,7 +303,7 @@ def _measured(subject: _Subject, artifact: BackendArtifact, config: DeployConfig
 
     if subject.reference_accuracy is None:
         subject.reference_accuracy = measure(subject.model.reference, open_reference(subject.model))
-        for skipped in subject.reference_accuracy.skipped:
+        for skipped in subject.reference_accuracy.skipped.values():
             clock.report(Noted(text=skipped, level="warning"))
     reference, ours = subject.reference_accuracy, measure(config.target, open_unpacked(subject.model, artifact))
     return AccuracyParity(

@@ -8,7 +8,7 @@ import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 import msgspec
 import numpy as np
@@ -127,14 +127,14 @@ class Accuracy:
         kind: "bbox" or "keypoints".
         figures: AP, AP50, AP75, AR, from 0 to 1.
         images: how many were evaluated.
-        skipped: images that could not be read, with the reason.
+        skipped: ids of images that could not be read, with the reason.
         rows: the results in COCO's format.
     """
 
-    kind: str
+    kind: Literal["bbox", "keypoints"]
     figures: dict[str, float] = field(default_factory=dict)
     images: int = 0
-    skipped: list[str] = field(default_factory=list)
+    skipped: dict[int, str] = field(default_factory=dict)
     rows: Rows = field(default_factory=list)
 
 
@@ -237,7 +237,7 @@ def _images(dataset: Dataset, ids: Sequence[int], result: Accuracy, report: Repo
         try:
             image = read_image(dataset.folder / names[image_id])
         except InputError as error:
-            result.skipped.append(str(error))
+            result.skipped[image_id] = str(error)
         else:
             result.images += 1
             yield image_id, image
@@ -245,7 +245,7 @@ def _images(dataset: Dataset, ids: Sequence[int], result: Accuracy, report: Repo
             report(done, len(ids))
     if not result.images:
         raise InputError(
-            f"{dataset.annotations}: expected images in {dataset.folder}, found none that can be read: {(result.skipped or ['no image'])[0]}",
+            f"{dataset.annotations}: expected images in {dataset.folder}, found none that can be read: {next(iter(result.skipped.values()), 'no image')}",
             hint="say where the images are",
         )
 
@@ -254,14 +254,13 @@ def coco_figures(dataset: Dataset, result: Accuracy, *, sigmas: Sequence[float] 
     """COCO's figures of results on the images that could be read."""
     from faster_coco_eval import COCO, COCOeval_faster
 
-    skipped = {one.partition(": ")[0] for one in result.skipped}
-    ids = [image.id for image in dataset.content.images if str(dataset.folder / image.file_name) not in skipped]
     if not result.rows:
         return dict.fromkeys(FIGURES, 0.0)
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(dataset.raw)
-        evaluation = COCOeval_faster(truth, truth.loadRes(result.rows), result.kind, print_function=lambda *_: None, kpt_oks_sigmas=sigmas or None)
-        evaluation.params.imgIds = ids
+        own_sigmas = list(sigmas) if sigmas else None
+        evaluation = COCOeval_faster(truth, truth.loadRes(result.rows), result.kind, print_function=lambda *_: None, kpt_oks_sigmas=own_sigmas)
+        evaluation.params.imgIds = [image.id for image in dataset.content.images if image.id not in result.skipped]
         evaluation.run()
     stats = evaluation.stats
     return dict(zip(FIGURES, (float(stats[i]) for i in (0, 1, 2, 8 if result.kind == "bbox" else 5)), strict=True))
