@@ -68,6 +68,14 @@ def convert(
     nms: Annotated[
         Literal["graph", "runtime"] | None, typer.Option(help="Detectors: suppress in the graph or in the runtime; default: the deploy config's.")
     ] = None,
+    device: Annotated[str, typer.Option(help="The GPU to build for and to compare on, for TensorRT.", metavar="cuda:N")] = "cuda:0",
+    cuda_binding: Annotated[
+        Literal["cuda-python", "pycuda"] | None, typer.Option(help="What TensorRT's memory and streams go through; default: what is installed.")
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Write nothing. For TensorRT without a GPU: parse the typed graph, say what is supported, compare it in ONNX Runtime."),
+    ] = False,
     simplify: Annotated[bool, typer.Option(help="Run onnxsim.")] = True,
     verify: Annotated[bool, typer.Option(help="Compare with PyTorch before writing. --no-verify is recorded in the manifest.")] = True,
     force: Annotated[bool, typer.Option(help="Build even what is up to date.")] = False,
@@ -81,12 +89,15 @@ def convert(
         from modelcrate_converter.config import load_config, target_names
         from modelcrate_converter.mmdeploy_config import read_mmdeploy_config
 
-        configs = [_adjusted(load_config(t), exporter=exporter, nms=nms, simplify=simplify) for t in dict.fromkeys(_named_targets(target or []))]
-        configs += [_adjusted(read_mmdeploy_config(path), exporter=exporter, nms=nms, simplify=simplify) for path in deploy_config or []]
+        configs = [load_config(t) for t in dict.fromkeys(_named_targets(target or [], verify=verify and not dry_run))] + [
+            read_mmdeploy_config(path) for path in deploy_config or []
+        ]
+        gpu = _gpu(device)
+        configs = [_adjusted(c, exporter=exporter, nms=nms, simplify=simplify, device_id=gpu, cuda_binding=cuda_binding) for c in configs]
         if not configs:
             raise typer.BadParameter(f"expected at least one of {', '.join(target_names())}, found none", param_hint="'--target' / '-t'")
         for config in configs:
-            check_can_build(config.backend, config.precision)
+            check_can_build(config.backend, config.precision, verify=verify and not dry_run)
         from modelcrate_converter.convert import ConvertOptions
         from modelcrate_runtime.images import image_files
 
@@ -104,6 +115,7 @@ def convert(
             sha256=sha256,
             spec=spec,
             builder=model,
+            dry_run=dry_run,
             validation=_validation(val_annotations, val_images, limit=val_limit),
         )
         if (name or sha256) and len(given) > 1:
@@ -248,6 +260,51 @@ def bisect(
         out.print(table)
 
 
+@app.command()
+def rebuild(
+    bundle: _BundlePath,
+    reference: Annotated[
+        str | None, typer.Option("--reference", "-r", help="What it was made from, to compare the new engine with: as for verify.", metavar="CHECKPOINT")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the new bundle; default: the bundle's own, which is replaced.")] = None,
+    target: Annotated[str | None, typer.Option("--target", "-t", help="How to build; default: the bundle's own target.")] = None,
+    device: Annotated[str, typer.Option(help="The GPU to build for and to compare on.", metavar="cuda:N")] = "cuda:0",
+    cuda_binding: Annotated[Literal["cuda-python", "pycuda"] | None, typer.Option(help="Default: what is installed.")] = None,
+    verify: Annotated[bool, typer.Option(help="Compare with the reference. --no-verify is recorded in the manifest.")] = True,
+    model_config: _ModelConfig = None,
+    spec: _Spec = None,
+    model: _Model = None,
+    image: _Images = None,
+    offline: _Offline = False,
+) -> None:
+    """Build a TensorRT bundle again for this machine's GPU, from the graph that it carries."""
+    with exit_on_error():
+        from modelcrate_bundle.bundle import Bundle
+        from modelcrate_converter.builders import check_can_build
+        from modelcrate_converter.rebuild import rebuild as rebuild_bundle
+        from modelcrate_converter.verification import config_of
+
+        if verify and reference is None:
+            raise ConfigError(
+                "--reference: expected what the bundle was made from, found none", hint="-r CHECKPOINT; or --no-verify, which writes what nobody compared"
+            )
+        if out is None and not bundle.is_dir():
+            raise ConfigError(f"{bundle}: expected a folder to put the new bundle in place of, found another thing", hint="-o FOLDER")
+        opened = Bundle.open(bundle)
+        original: ExportableModel | None = None
+        images: list[ParityImage] = []
+        opened.verify()
+        config = _adjusted(config_of(opened, target), exporter=None, nms=None, simplify=True, device_id=_gpu(device), cuda_binding=cuda_binding)
+        check_can_build(config.backend, config.precision, verify=verify)
+        if verify and reference is not None:
+            opened, original, images = _with_reference(bundle, reference, model_config=model_config, spec=spec, model=model, image=image, offline=offline)
+        with Progress(consoles()[1]) as progress:
+            made = rebuild_bundle(opened, config, out=out or bundle, reference=original, images=images, report=progress.show)
+        if made.manifest is not None and made.manifest.parity.verified:
+            print_parity(consoles()[0], made.name, made.manifest.parity)
+        consoles()[0].print(f"wrote {made.root}", soft_wrap=True)
+
+
 def _with_reference(
     bundle: Path, reference: str, *, model_config: Path | None, spec: Path | None, model: str | None, image: list[Path] | None, offline: bool
 ) -> tuple[Bundle, ExportableModel, list[ParityImage]]:
@@ -370,16 +427,28 @@ def main() -> None:
     app()
 
 
-def _adjusted(config: DeployConfig, *, exporter: str | None, nms: str | None, simplify: bool) -> DeployConfig:
+def _gpu(device: str) -> int:
+    """The number in "cuda:0"."""
+    kind, _, number = device.partition(":")
+    if kind != "cuda" or not (number or "0").isdecimal():
+        raise ConfigError(f"--device: expected cuda or cuda:N, found {device!r}", hint="bundles for other backends are compared on the CPU")
+    return int(number or "0")
+
+
+def _adjusted(
+    config: DeployConfig, *, exporter: str | None, nms: str | None, simplify: bool, device_id: int = 0, cuda_binding: str | None = None
+) -> DeployConfig:
     """A deploy config with what the command line says otherwise."""
     import msgspec
 
     onnx_changes: dict[str, Any] = ({"exporter": exporter} if exporter else {}) | ({} if simplify else {"simplify": False})
     config = msgspec.structs.replace(config, onnx=msgspec.structs.replace(config.onnx, **onnx_changes))
+    engine: dict[str, Any] = ({"device_id": device_id} if device_id else {}) | ({"cuda_binding": cuda_binding} if cuda_binding else {})
+    config = msgspec.structs.replace(config, tensorrt=msgspec.structs.replace(config.tensorrt, **engine))
     return msgspec.structs.replace(config, nms=msgspec.structs.replace(config.nms, where=nms)) if nms else config
 
 
-def _named_targets(targets: list[str]) -> list[str]:
+def _named_targets(targets: list[str], *, verify: bool) -> list[str]:
     """With "all" as every target whose frameworks are installed; what is left out is said."""
     if "all" not in targets:
         return targets
@@ -390,9 +459,9 @@ def _named_targets(targets: list[str]) -> list[str]:
     for name in target_names():
         config = load_config(name)
         try:
-            check_can_build(config.backend, config.precision)
+            check_can_build(config.backend, config.precision, verify=verify)
         except MissingBackendError as error:
-            consoles()[1].print(f"{name}: left out: {error.hint}", style="dim", soft_wrap=True)
+            consoles()[1].print(f"{name}: left out: {error} ({error.hint})", style="dim", soft_wrap=True)
         else:
             found.append(name)
     return found
@@ -488,11 +557,18 @@ def _as_json(checkpoint: str, conversion: Conversion) -> dict[str, Any]:
         "seconds": {name: round(value, 3) for name, value in conversion.seconds.items()},
         "operators": [{"name": name, "before": before, "after": after} for name, before, after in conversion.op_changes],
         "parity": write_record(conversion.parity) if conversion.parity else None,
+        "support": _plain(conversion.support),
         "files": [write_record(entry) for entry in conversion.bundle.manifest.files] if conversion.bundle and conversion.bundle.manifest else [],
         "error": str(conversion.error) if conversion.error else None,
         "hint": conversion.error.hint if conversion.error else "",
         "exit_code": conversion.error.exit_code if conversion.error else 0,
     }
+
+
+def _plain(value: Any) -> Any:
+    import msgspec
+
+    return msgspec.to_builtins(value)
 
 
 def _failed_json(checkpoint: str, error: ModelcrateError) -> dict[str, Any]:

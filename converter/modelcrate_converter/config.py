@@ -70,6 +70,32 @@ class Int8Options(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fiel
     search: bool = True
 
 
+class TensorRTOptions(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """How an engine is built; see `modelcrate_converter.builders.tensorrt_builder`.
+
+    Attributes:
+        workspace_mib: device memory that the build may use; 0 for all.
+        optimization_level: from 0 to 5: how long the build looks for faster kernels.
+        tf32: whether float32 may compute in TensorFloat-32, which has ten bits of mantissa.
+        hardware_compatibility: "ampere+" and "same_compute_capability" run on more GPUs, slower.
+        version_compatible: run on newer versions of TensorRT too, slower.
+        refit: weights can be changed in the engine.
+        strip_weights: leave the weights out, and fill them in from the graph beside the engine when it is loaded.
+        device_id: the GPU to build and compare on.
+        cuda_binding: "cuda-python" or "pycuda"; empty takes what is installed.
+    """
+
+    workspace_mib: Annotated[int, msgspec.Meta(ge=0)] = 0
+    optimization_level: Annotated[int, msgspec.Meta(ge=0, le=5)] = 3
+    tf32: bool = False
+    hardware_compatibility: Literal["none", "ampere+", "same_compute_capability"] = "none"
+    version_compatible: bool = False
+    refit: bool = False
+    strip_weights: bool = False
+    device_id: Annotated[int, msgspec.Meta(ge=0)] = 0
+    cuda_binding: Literal["", "cuda-python", "pycuda"] = ""
+
+
 class Gates(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """The limits of parity with PyTorch; units in `deploy_configs/onnxruntime.toml`."""
 
@@ -85,7 +111,7 @@ class Gates(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     box_score: Gate = 0.0
     score: Gate = 1e-3
     label_flips: Annotated[int, msgspec.Meta(ge=0)] = 0
-    ap_drop: Gate | None = None
+    ap_drop: Gate | None = 0.05
 
 
 class ModelNeeds(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -129,6 +155,7 @@ class DeployConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fie
         precision: what the artefact computes in.
         fp16: what stays in float32.
         int8: how it is calibrated and emitted.
+        tensorrt: how an engine is built.
         needs: what the model must be.
     """
 
@@ -140,6 +167,7 @@ class DeployConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fie
     nms: NmsOptions = NmsOptions()
     fp16: PrecisionOptions = PrecisionOptions()
     int8: Int8Options = Int8Options()
+    tensorrt: TensorRTOptions = TensorRTOptions()
     gates: Gates = Gates()
     needs: ModelNeeds | None = None
 

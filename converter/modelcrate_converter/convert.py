@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from modelcrate_converter.builders.tensorrt_builder import Support
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConvertOptions:
@@ -70,6 +72,7 @@ class ConvertOptions:
         builder: "package.module:attribute", which makes that model; None where the file itself is one.
         calibration: images to calibrate INT8 on; empty takes procedural ones.
         validation: COCO data to measure the AP of PyTorch and of each target on; None measures none.
+        dry_run: go as far as is possible without writing anything, for TensorRT without a GPU: parse the typed graph, and compare it in ONNX Runtime.
     """
 
     out: Path
@@ -84,6 +87,7 @@ class ConvertOptions:
     builder: str | None = None
     calibration: tuple[Path, ...] = ()
     validation: Dataset | None = None
+    dry_run: bool = False
 
 
 @dataclass(kw_only=True, slots=True)
@@ -94,10 +98,11 @@ class Conversion:
         id: `<model>_<target>`.
         target: the target's name.
         place: where the bundle is, or would have been.
-        status: built, current (up to date, nothing done) or failed.
+        status: built, current (up to date, nothing done), dry run or failed.
         bundle: the bundle, unless it failed.
         parity: the comparison, also when it failed.
         op_changes: (operator, before, after) of the simplification.
+        support: what TensorRT makes of the graph, of a dry run.
         seconds: stage -> seconds.
         error: why it failed.
     """
@@ -109,6 +114,7 @@ class Conversion:
     bundle: Bundle | None = None
     parity: ParityRecord | None = None
     op_changes: list[tuple[str, int, int]] = field(default_factory=list)
+    support: Support | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     error: ModelcrateError | None = None
 
@@ -144,7 +150,7 @@ def convert(
     """
     _check_names([config.target for config in configs], options.name)
     for config in configs:
-        check_can_build(config.backend, config.precision)
+        check_can_build(config.backend, config.precision, verify=options.verify and not options.dry_run)
     clock = StageClock(report=report)
     with clock.stage("load checkpoint" if options.spec is None else "load model") as detail:
         model, skipped = _load_model(checkpoint_path, options)
@@ -170,7 +176,7 @@ def convert(
     for config in configs:
         place = options.out / f"{model.name}_{config.target}"
         # Of code nobody knows whether it still makes the same network.
-        bundle = None if options.force or model.is_code else _current(place, keys[config.target])
+        bundle = None if options.force or options.dry_run or model.is_code else _current(place, keys[config.target])
         if bundle is not None:
             results[config.target] = Conversion(
                 id=place.name, target=config.target, place=place, status="current", bundle=bundle, parity=bundle.manifest.parity if bundle.manifest else None
@@ -244,6 +250,11 @@ def _build_bundle(
         if config.fp16.scale_norm == "prescaled":
             canonical = prescale_norms(canonical, workdir=Path(folder))
         typed, calibration = _typed(subject, config, canonical, Path(folder), clock)
+        if options.dry_run and BUILDERS[config.backend].needs_gpu:
+            typed, conversion.support = _rehearsed(subject, config, typed, Path(folder), clock)
+            config = msgspec.structs.replace(
+                config, target=f"{config.target} for ONNX Runtime", backend="onnxruntime", nms=msgspec.structs.replace(config.nms, where="runtime")
+            )
         artifact, record = _built_and_compared(subject, config, typed, Path(folder), clock)
         if calibration is not None and config.int8.search and options.verify and not record.passed:
             artifact, record = _searched(subject, config, canonical, calibration, Path(folder), clock)
@@ -255,6 +266,9 @@ def _build_bundle(
                 if all(p.count + p.undecided for p in record.pixels)
                 else "no object was found in the images: give one that has some, with --image PHOTO",
             )
+        if options.dry_run:
+            conversion.status = "dry run"
+            return
         with clock.stage("write bundle") as detail:
             for role, path in artifact.files.items():
                 writer.add(path.name, role=role, content=path)
@@ -273,10 +287,26 @@ def _build_bundle(
     conversion.status = "built"
 
 
+def _rehearsed(subject: _Subject, config: DeployConfig, typed: OnnxModel, workdir: Path, clock: StageClock) -> tuple[OnnxModel, Support]:
+    """TensorRT's dry run: what it makes of the typed graph; and an engine, thrown away, where the library builds one without a GPU."""
+    from modelcrate_converter.builders.tensorrt_builder import ENGINE_NAME, build_engine, examine
+
+    with clock.stage(f"parse for {config.target}") as detail:
+        source, _, support = examine(subject.model, typed, config, workdir=workdir)
+        detail.append(f"{support.operators} operators, all supported; layers: {', '.join(f'{count} {name}' for name, count in support.layers.items())}")
+    if config.backend == "tensorrt_rtx":
+        with clock.stage(f"build {config.target}") as detail:
+            engine = workdir / ENGINE_NAME
+            build_engine(source.path, source.inputs, config, engine=engine, where=subject.model.name, report=clock.report)
+            detail.append(f"{ENGINE_NAME} {engine.stat().st_size / 2**20:.1f} MiB")
+    clock.report(Noted(text="the figures below are of the same typed graph in ONNX Runtime on the CPU: nothing was run on a GPU", level="warning"))
+    return typed, support
+
+
 def _built_and_compared(subject: _Subject, config: DeployConfig, typed: OnnxModel, workdir: Path, clock: StageClock) -> tuple[BackendArtifact, ParityRecord]:
     model = subject.model
     with clock.stage(f"build {config.target}") as detail:
-        artifact = build(model, typed, config, workdir=workdir)
+        artifact = build(model, typed, config, workdir=workdir, report=clock.report)
         detail.append(", ".join(f"{path.name} {path.stat().st_size / 2**20:.1f} MiB" for path in artifact.files.values()))
     if not subject.options.verify:
         return artifact, ParityRecord(verified=False)
@@ -381,6 +411,7 @@ def _describe_manifest(
         class_names=model.class_names,
         resampling=model.resampling,
         keypoints=model.keypoints,
+        engine=artifact.engine,
         files=[],
         parity=record,
         provenance=Provenance(

@@ -47,7 +47,20 @@ FORMAT_VERSION: Final = "1.3.1"
 """The MMDeploy release whose format is written; its SDK wants the key and ignores the value."""
 _BOX_META: Final = ["ori_shape", "img_shape", "pad_shape", "scale_factor", "img_norm_cfg"]
 _IMAGE_META: Final = ["filename", "ori_filename", "ori_shape", "img_shape", "flip", "flip_direction", "img_norm_cfg"]
-TOOLS: Final = ("modelcrate", "torch", "onnx", "onnxsim", "onnxruntime", "openvino", "ncnn", "pnnx", "numpy", "opencv-python-headless")
+TOOLS: Final = (
+    "modelcrate",
+    "torch",
+    "onnx",
+    "onnxsim",
+    "onnxruntime",
+    "openvino",
+    "ncnn",
+    "pnnx",
+    "tensorrt",
+    "tensorrt_rtx_cu12",
+    "numpy",
+    "opencv-python-headless",
+)
 
 
 _CODEBASES: Final = {

@@ -1,6 +1,6 @@
 """MMDeploy's deploy configs as ours: parsed, never executed.
 
-What such a file decides here: the backend and its precision, the batch range, the candidates that enter suppression; and what the model must be, which
+What such a file decides here: the backend and its precision, the batch range, the candidates that enter suppression, TensorRT's workspace; and what the model must be, which
 is checked. The rest has no counterpart: thresholds come from the model in MMDeploy too, and the opset is ours.
 """
 
@@ -48,7 +48,9 @@ def read_mmdeploy_config(path: Path) -> DeployConfig:
         raise ConfigError(f"{path}: expected a network in one piece (model_type 'end2end'), found a partition of one", hint=f"-t {name}")
     pre_top_k = at(values, "codebase_config.post_processing.pre_top_k")
     nms = msgspec.structs.replace(ours.nms, pre_top_k=int(pre_top_k)) if is_number(pre_top_k) and pre_top_k >= 1 else ours.nms
-    return msgspec.structs.replace(ours, batch=_batch(values, ours.batch, path=path), nms=nms, needs=_needs(values, path=path))
+    workspace = at(values, "backend_config.common_config.max_workspace_size")
+    engine = msgspec.structs.replace(ours.tensorrt, workspace_mib=int(workspace) >> 20) if is_number(workspace) and workspace > 0 else ours.tensorrt
+    return msgspec.structs.replace(ours, batch=_batch(values, ours.batch, path=path), nms=nms, tensorrt=engine, needs=_needs(values, path=path))
 
 
 def _precision(values: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ from modelcrate_converter.exportable import BoxesFacts, DetectorFacts, HeatmapFa
 from modelcrate_converter.people import procedural_scenes
 from modelcrate_runtime.postprocess import BoxDecoder, ClassDecoder, KeypointDecoder
 from modelcrate_runtime.preprocess import ImageMeta, Preprocessor
-from modelcrate_runtime.sessions import Session, SessionOptions, open_artefact
+from modelcrate_runtime.sessions import Session, open_artefact
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -84,7 +84,7 @@ def check_parity(model: ExportableModel, artifact: BackendArtifact, images: Sequ
         ExportError: the framework cannot load the artefact.
     """
     try:
-        session = open_artefact(artifact.backend, artifact.files, SessionOptions(precision=artifact.precision), where=f"{model.name} for {artifact.backend}")
+        session = open_artefact(artifact.backend, artifact.files, artifact.options(), where=f"{model.name} for {artifact.backend}")
     except BundleError as error:  # it is not in a bundle yet
         raise ExportError(
             f"{model.name}: expected an artefact that {artifact.backend} loads, found: {str(error).rpartition('found: ')[2]}",
@@ -244,7 +244,7 @@ def _check_detector(model: ExportableModel, artifact: BackendArtifact, session: 
     ours = _run_artifact(model, session, batch)
     raw = {} if artifact.has_nms else ours
     if artifact.raw and artifact.has_nms:
-        raw_session = open_artefact(artifact.backend, artifact.raw, SessionOptions(precision=artifact.precision), where=f"{model.name}: its raw head")
+        raw_session = open_artefact(artifact.backend, artifact.raw, artifact.options(), where=f"{model.name}: its raw head")
         raw = _run_artifact(model, raw_session, batch)
         raw_session.close()
     outputs = [

@@ -21,7 +21,7 @@ from modelcrate_converter.observe import observe
 from modelcrate_converter.own_model import read_own_model
 from modelcrate_converter.parity import ParityImage, check_parity, network_inputs
 from modelcrate_converter.simplify import simplify
-from modelcrate_runtime.sessions import SessionOptions, open_artefact
+from modelcrate_runtime.sessions import open_artefact
 from modelcrate_runtime.sessions.ncnn_session import NcnnSession
 
 if TYPE_CHECKING:
@@ -81,14 +81,16 @@ def verify_bundle(bundle: Bundle, model: ExportableModel, images: Sequence[Parit
         images: what to compare on.
         config: has the gates; None takes those of the bundle's target.
     """
-    return check_parity(model, artifact_of(bundle), images, (config or _config_of(bundle)).gates)
+    return check_parity(model, artifact_of(bundle), images, (config or config_of(bundle)).gates)
 
 
-def artifact_of(bundle: Bundle) -> BackendArtifact:
-    """A bundle's network as its builder made it."""
+def artifact_of(bundle: Bundle, *, device_id: int = 0) -> BackendArtifact:
+    """A bundle's network as its builder made it; with the GPU to run it on, where it needs one."""
     manifest = _manifest(bundle)
     entry = bundle.model
     files = {"net": bundle.path_of(entry.net)} | ({"weights": bundle.path_of(entry.weights)} if entry.weights else {})
+    if manifest.engine is not None:
+        files["source"] = bundle.path_of(manifest.engine.onnx)
     return BackendArtifact(
         backend=entry.backend,
         files=files,
@@ -96,6 +98,8 @@ def artifact_of(bundle: Bundle) -> BackendArtifact:
         inputs=tuple(manifest.inputs),
         outputs=tuple(manifest.outputs),
         has_nms=bundle.pipeline.postprocess.component == "ResizeBBox",
+        engine=manifest.engine,
+        device_id=device_id,
     )
 
 
@@ -177,7 +181,7 @@ def _ncnn_tensors(artifact: BackendArtifact, graph: OnnxModel, tensor: NDArray[n
     text, content = (artifact.files[role] for role in ("net", "weights"))
     layers = read_network(text.read_text(encoding="utf-8"), content.read_bytes(), where=str(text))
     layers = [layer for layer in layers if layer.weights and layer.bottoms]
-    session = open_artefact("ncnn", artifact.files, SessionOptions(precision=artifact.precision), where=str(text))
+    session = open_artefact("ncnn", artifact.files, artifact.options(), where=str(text))
     assert isinstance(session, NcnnSession)
     try:
         feeds = {artifact.inputs[0].name: tensor}
@@ -215,8 +219,19 @@ def _manifest(bundle: Bundle) -> Manifest:
     return bundle.manifest
 
 
-def _config_of(bundle: Bundle) -> DeployConfig:
+def config_of(bundle: Bundle, target: str | None = None) -> DeployConfig:
+    """The deploy config that a bundle was built with, or another one.
+
+    Args:
+        bundle: ours: it has a manifest.
+        target: the name or the path of another one.
+
+    Raises:
+        ConfigError: the bundle's own is not known here.
+    """
     manifest = _manifest(bundle)
+    if target is not None:
+        return load_config(target)
     if manifest.target in target_names():
         return load_config(manifest.target)
     raise ConfigError(

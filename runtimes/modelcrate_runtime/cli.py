@@ -118,8 +118,9 @@ def run(
     det_label: Annotated[int, typer.Option(min=0, help="Top-down: class of the detections that get a pose.")] = 0,
     kpt_thr: Annotated[float, typer.Option(help="Least score of a keypoint that is drawn.")] = 0.3,
     geometry: Annotated[Literal["exact", "sdk"] | None, typer.Option(help="Crop and box convention; default: the bundle's own.")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu or cuda; default: cuda for TensorRT, cpu for all others.")] = "",
     device_id: Annotated[int, typer.Option(min=0, help="Which of them.")] = 0,
+    cuda_binding: Annotated[str | None, typer.Option(help="TensorRT: cuda-python or pycuda; default: what is installed.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads inside one operator; default: one per usable core.")] = None,
     as_json: Annotated[bool, JSON_OPTION] = False,
 ) -> None:
@@ -140,11 +141,13 @@ def run(
         if any(bundle.pipeline.postprocess.module == "modelcrate" for bundle in bundles):
             if len(bundles) > 1:
                 raise TaskMismatchError("expected a network of raw tensors alone, found another bundle beside it", hint="run them one by one")
-            with Network(bundles[0], device, device_id, geometry=geometry, threads=threads) as network:
+            with Network(bundles[0], device, device_id, geometry=geometry, threads=threads, cuda_binding=cuda_binding) as network:
                 _run_network(network, files, names, boxes, save=save, as_json=as_json)
             return
         targets = _places(save, files, suffixes=tuple(sorted(IMAGE_SUFFIXES)), default=".png")
-        with Runner.open(bundles, geometry=geometry, device=device, device_id=device_id, threads=threads, det_thr=det_thr, det_label=det_label) as runner:
+        with Runner.open(
+            bundles, geometry=geometry, device=device, device_id=device_id, threads=threads, cuda_binding=cuda_binding, det_thr=det_thr, det_label=det_label
+        ) as runner:
             for index, image in _images(files, unusable):
                 instances = runner.run(image, boxes)
                 if as_json:
@@ -252,8 +255,9 @@ def profile(
     warmup: Annotated[int, typer.Option(min=0, help="Calls that do not count.")] = 50,
     runs: Annotated[int, typer.Option(min=1, help="Calls that do.")] = 200,
     batch: Annotated[int, typer.Option(min=1, help="Inputs in one call of the network.")] = 1,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu or cuda; default: cuda for TensorRT, cpu for all others.")] = "",
     device_id: Annotated[int, typer.Option(min=0, help="Which of them.")] = 0,
+    cuda_binding: Annotated[str | None, typer.Option(help="TensorRT: cuda-python or pycuda; default: what is installed.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads inside one operator; default: one per usable core.")] = None,
     as_json: Annotated[bool, JSON_OPTION] = False,
 ) -> None:
@@ -263,15 +267,23 @@ def profile(
 
         from modelcrate_runtime.images import read_image
         from modelcrate_runtime.profiler import Latency, measure_seconds, network_call
+        from modelcrate_runtime.sessions import BACKENDS
         from modelcrate_runtime.tasks import open_task
 
         opened = Bundle.open(bundle)
         pixels = read_image(image) if image is not None else None
-        with open_task(opened, device, device_id, threads=threads) as task:
+        with open_task(opened, device, device_id, threads=threads, cuda_binding=cuda_binding) as task:
             figures = {"network": Latency.of(measure_seconds(network_call(task.session, batch=batch), runs=runs, warmup=warmup), inputs=batch)}
             if pixels is not None:
                 figures["image to result"] = Latency.of(measure_seconds(lambda: task(pixels), runs=runs, warmup=warmup))
-        settings = {"bundle": opened.name, "device": device, "threads": threads or "all", "batch": batch, "warmup": warmup, "runs": runs}
+        settings = {
+            "bundle": opened.name,
+            "device": device or BACKENDS[opened.model.backend].device,
+            "threads": threads or "all",
+            "batch": batch,
+            "warmup": warmup,
+            "runs": runs,
+        }
         if as_json:
             sys.stdout.write(json.dumps({"settings": settings, "results": {what: asdict(of) for what, of in figures.items()}}, indent=1) + "\n")
             return

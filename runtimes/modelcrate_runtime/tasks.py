@@ -73,7 +73,7 @@ class _Task:
     def __init__(
         self,
         model_path: str | os.PathLike[str] | Bundle,
-        device_name: str = "cpu",
+        device_name: str = "",
         device_id: int = 0,
         *,
         geometry: Geometry | None = None,
@@ -82,13 +82,14 @@ class _Task:
         streams: int | None = None,
         verify: bool = True,
         warmup: int = 0,
+        cuda_binding: str | None = None,
         session: Session | None = None,
     ) -> None:
         """Load a bundle.
 
         Args:
             model_path: a bundle's folder, a zip of it, or an opened bundle.
-            device_name: "cpu" or "cuda".
+            device_name: "cpu" or "cuda"; empty takes the backend's own, which is the CPU for all but TensorRT.
             device_id: which of them.
             geometry: "exact" or "sdk"; None takes the manifest's, and "sdk" for bundles that MMDeploy wrote.
             threads: threads inside one operator; None is one per usable core.
@@ -97,6 +98,7 @@ class _Task:
                 one per thread, which loads the network a second time at the first such batch. 1 is never more than one call at a time.
             verify: whether to compare the files with the manifest's hashes first.
             warmup: network calls of each kind on zeros before the constructor returns, so that the first image is not the slow one.
+            cuda_binding: what TensorRT's memory and streams go through: "cuda-python" or "pycuda"; None takes what is installed.
             session: the network, already loaded, instead of the bundle's; it is closed with the task.
 
         Raises:
@@ -116,10 +118,15 @@ class _Task:
         self._preprocessor = Preprocessor(
             bundle.pipeline, geometry=self.geometry, where=str(bundle.root), resampling=bundle.manifest.resampling if bundle.manifest else None
         )
-        self.session: Session = session or open_session(
-            bundle,
-            SessionOptions(device=device_name, device_id=device_id, threads=threads, providers=tuple(providers) if providers else None, streams=streams),
+        options = SessionOptions(
+            device=device_name,
+            device_id=device_id,
+            threads=threads,
+            providers=tuple(providers) if providers else None,
+            streams=streams,
+            cuda_binding=cuda_binding,
         )
+        self.session: Session = session or open_session(bundle, options)
         self._input = self._image_input()
         self._max_batch = self._batch_limit()
         output_map = bundle.pipeline.net.output_map
@@ -491,7 +498,9 @@ class Network(_Task):
         return results
 
 
-def open_task(bundle: Bundle, device_name: str = "cpu", device_id: int = 0, *, threads: int | None = None) -> Detector | PoseDetector | Classifier | Network:
+def open_task(
+    bundle: Bundle, device_name: str = "", device_id: int = 0, *, threads: int | None = None, cuda_binding: str | None = None
+) -> Detector | PoseDetector | Classifier | Network:
     """Load a bundle in the class of its task; the arguments are those of the class.
 
     Raises:
@@ -506,7 +515,7 @@ def open_task(bundle: Bundle, device_name: str = "cpu", device_id: int = 0, *, t
     kind = kinds.get(bundle.pipeline.postprocess.module)
     if kind is None:
         raise TaskMismatchError(f"{bundle.root}: expected one of {', '.join(kinds)}, found a bundle of {bundle.pipeline.postprocess.module}")
-    return kind(bundle, device_name, device_id, threads=threads)
+    return kind(bundle, device_name, device_id, threads=threads, cuda_binding=cuda_binding)
 
 
 def _render(planned: Sequence[PlannedCrops], part: range, *, beside: bool) -> Tensor:

@@ -80,7 +80,16 @@ class Runner:
 
     @classmethod
     def open(
-        cls, bundles: Sequence[Bundle], *, geometry: Geometry | None, device: str, device_id: int, threads: int | None, det_thr: float, det_label: int
+        cls,
+        bundles: Sequence[Bundle],
+        *,
+        geometry: Geometry | None,
+        device: str,
+        device_id: int,
+        threads: int | None,
+        cuda_binding: str | None,
+        det_thr: float,
+        det_label: int,
     ) -> Runner:
         """Load one or two bundles, in any order.
 
@@ -93,16 +102,16 @@ class Runner:
         if any(bundle.pipeline.postprocess.module == "mmcls" for bundle in bundles):
             if len(bundles) > 1:
                 raise TaskMismatchError("expected a classifier alone, found another bundle beside it", hint="run them one by one")
-            alone = Classifier(bundles[0], device, device_id, geometry=geometry, threads=threads)
+            alone = Classifier(bundles[0], device, device_id, geometry=geometry, threads=threads, cuda_binding=cuda_binding)
             return cls(detector=None, estimator=None, classifier=alone, det_thr=det_thr, det_label=det_label)
         for bundle in bundles:
             is_pose = bundle.pipeline.postprocess.module == "mmpose"
             if (estimator if is_pose else detector) is not None:
                 raise TaskMismatchError(f"expected a detector and a pose estimator, found two bundles of {bundle.deploy.task}")
             if is_pose:
-                estimator = PoseDetector(bundle, device, device_id, geometry=geometry, threads=threads)
+                estimator = PoseDetector(bundle, device, device_id, geometry=geometry, threads=threads, cuda_binding=cuda_binding)
             else:
-                detector = Detector(bundle, device, device_id, geometry=geometry, threads=threads)
+                detector = Detector(bundle, device, device_id, geometry=geometry, threads=threads, cuda_binding=cuda_binding)
                 if detector.class_names and det_label >= len(detector.class_names):
                     raise ConfigError(f"--det-label: expected a class from 0 to {len(detector.class_names) - 1}, found {det_label}")
         return cls(detector=detector, estimator=estimator, classifier=None, det_thr=det_thr, det_label=det_label)

@@ -19,7 +19,7 @@ SCHEMA_VERSION: Final = "1.0"
 
 
 class FileEntry(Record, kw_only=True):
-    """One file of the bundle. `path` is relative with forward slashes; `role`: net, weights, calibration, deploy, pipeline, detail, readme, picture."""
+    """One file of the bundle. `path` is relative with forward slashes; `role`: net, weights, source, calibration, deploy, pipeline, detail, readme, picture."""
 
     path: str
     role: str
@@ -136,6 +136,42 @@ class ParityRecord(Record, kw_only=True):
         return self.decided_by == "accuracy" or (all(p.passed for p in self.outputs) and all(p.passed for p in self.pixels))
 
 
+class EngineRecord(Record, kw_only=True):
+    """What an engine was built for and how: a wrong one is refused before it is loaded, and built again from the graph beside it.
+
+    Attributes:
+        library: tensorrt or tensorrt_rtx.
+        version: of the library that built it.
+        platform: operating system and processor: "linux-x86_64".
+        gpu: name of the GPU; empty for an engine that was built without one, for every GPU that the library compiles for when it loads.
+        compute_capability: of that GPU: "9.0"; empty likewise.
+        cuda: newest CUDA that its driver ran, as 1000 * major + 10 * minor; 0 without one.
+        hardware_compatibility: none, ampere+ or same_compute_capability.
+        version_compatible: whether newer versions of the library run it too.
+        is_stripped: whether its weights are left out, and filled in from the graph when it is loaded.
+        flags: of the build, by their names: numbers change between versions.
+        onnx: the graph that it was built from, a file of the bundle.
+        onnx_sha256: its hash.
+        layers: type -> how many layers of the engine, or of the network where no GPU could load the engine, give it.
+        is_inspected: whether `layers` is of the engine.
+    """
+
+    library: str
+    version: str
+    platform: str
+    gpu: str = ""
+    compute_capability: str = ""
+    cuda: int = 0
+    hardware_compatibility: str = "none"
+    version_compatible: bool = False
+    is_stripped: bool = False
+    flags: list[str] = msgspec.field(default_factory=list)
+    onnx: str = ""
+    onnx_sha256: str = ""
+    layers: dict[str, int] = msgspec.field(default_factory=dict)
+    is_inspected: bool = False
+
+
 class Provenance(Record, kw_only=True):
     """Where the bundle comes from.
 
@@ -178,6 +214,7 @@ class Manifest(Record, kw_only=True):
         geometry: "exact" (upstream's crop and its exact inverse) or "sdk" (MMDeploy's integer crop).
         shape_ranges: input name -> shapes that it may have.
         class_names: label -> name.
+        engine: what a TensorRT engine was built for.
         resampling: how exact geometry resizes: "pillow-bilinear", "pillow-bicubic", or None for what pipeline.json says.
     """
 
@@ -195,6 +232,7 @@ class Manifest(Record, kw_only=True):
     class_names: list[str] = msgspec.field(default_factory=list)
     resampling: str | None = None
     keypoints: KeypointInfo | None = None
+    engine: EngineRecord | None = None
     files: list[FileEntry]
     parity: ParityRecord
     provenance: Provenance

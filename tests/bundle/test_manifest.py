@@ -66,6 +66,7 @@ GOLDEN = b"""{
     "files": [],
     "parity": {
         "verified": true,
+        "decided_by": "parity",
         "reference": "PyTorch",
         "images": [
             "a.jpg"
@@ -80,7 +81,8 @@ GOLDEN = b"""{
                 "passed": true
             }
         ],
-        "pixels": []
+        "pixels": [],
+        "accuracy": []
     },
     "provenance": {
         "checkpoint": "nano.pth",
@@ -100,7 +102,7 @@ GOLDEN = b"""{
             }
         ]
     },
-    "content_sha256": "6da165146c4a290a7e2104ec9605f4759f11fa25dc8355d9b66bc40c351df378"
+    "content_sha256": "eb51afb7793025f3071fd89dafeeff52564fcd7df9ba05259120dc087cd2807a"
 }
 """
 

@@ -218,9 +218,24 @@ def test_a_backend_that_is_no_target_is_refused_with_those_that_are(configs: Pat
 
 
 def test_a_precision_that_is_no_target_is_refused(configs: Path) -> None:
-    path = written(configs / DETECTION, "_base_ = ['./detection_onnxruntime_dynamic.py']\nbackend_config = dict(type='ncnn', precision='INT8')\n")
-    with pytest.raises(ConfigError, match=r"mine\.py: .*found ncnn-int8"):
+    path = written(configs / DETECTION, "_base_ = ['./detection_onnxruntime_dynamic.py']\nbackend_config = dict(type='pplnn', precision='INT8')\n")
+    with pytest.raises(ConfigError, match=r"mine\.py: .*found pplnn-int8"):
         read_mmdeploy_config(path)
+
+
+def test_tensorrts_workspace_and_shapes_are_read(tmp_path: Path) -> None:
+    text = """
+onnx_config = dict(type="onnx", dynamic_axes={"input": {0: "batch"}})
+codebase_config = dict(type="mmpose", task="PoseDetection")
+backend_config = dict(
+    type="tensorrt",
+    common_config=dict(fp16_mode=True, max_workspace_size=1 << 30),
+    model_inputs=[dict(input_shapes=dict(input=dict(min_shape=[1, 3, 256, 192], opt_shape=[2, 3, 256, 192], max_shape=[4, 3, 256, 192])))],
+)
+"""
+    config = read_mmdeploy_config(written(tmp_path, text))
+    assert (config.target, config.tensorrt.workspace_mib) == ("tensorrt-fp16", 1024)
+    assert (config.batch.min, config.batch.opt, config.batch.max) == (1, 2, 4)
 
 
 @pytest.mark.parametrize(("mode", "precision"), [("int8_mode", "int8"), ("fp16_mode", "fp16")])

@@ -130,7 +130,7 @@ def test_a_precision_that_ncnn_is_not_right_in_is_unsupported(net: Path, precisi
 # ----------------------------------------------------------------------------------------------------------------- what is asked
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda", "vulkan", "CPU", ""])
+@pytest.mark.parametrize("device", ["gpu", "cuda", "vulkan", "CPU"])
 def test_there_is_one_device(net: Path, device: str) -> None:
     with pytest.raises(ConfigError, match=f"device: expected cpu for ncnn, found '{device}'"):
         opened(net, device=device)

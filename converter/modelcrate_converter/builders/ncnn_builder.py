@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from modelcrate_converter.config import DeployConfig
     from modelcrate_converter.export import OnnxModel
     from modelcrate_converter.exportable import ExportableModel
+    from modelcrate_converter.progress import Report
 
 OLDEST_PNNX: Final = 20240410
 """The first that reads ONNX files."""
@@ -48,7 +49,7 @@ except ModelcrateError as error:
 """
 
 
-def build(model: ExportableModel, source: OnnxModel, config: DeployConfig, *, workdir: Path) -> BackendArtifact:
+def build(model: ExportableModel, source: OnnxModel, config: DeployConfig, *, workdir: Path, report: Report) -> BackendArtifact:
     """Write `end2end.param` and `end2end.bin`, MMDeploy's names of them, with the inputs and outputs named as in the graph.
 
     Args:
@@ -56,12 +57,14 @@ def build(model: ExportableModel, source: OnnxModel, config: DeployConfig, *, wo
         source: the canonical graph; for `int8` a graph with QuantizeLinear and DequantizeLinear, which are taken out of it again: ncnn has its own form.
         config: the target: fp16 stores the weights in float16.
         workdir: where the files go.
+        report: gets nothing.
 
     Raises:
         ConfigError: suppression in the graph, or unsigned INT8, neither of which ncnn has.
         MissingBackendError: a pnnx that cannot read ONNX.
         ExportError: pnnx fails, or what it writes is no ncnn network, or does not run.
     """
+    del report  # pnnx says nothing that could be counted
     if isinstance(model.postprocess, BoxesFacts):
         raise ConfigError(f"{config.target}: expected a network that ncnn has the layers of, found one that suppresses boxes itself", hint="another target")
     if isinstance(model.postprocess, DetectorFacts) and config.nms.where == "graph":

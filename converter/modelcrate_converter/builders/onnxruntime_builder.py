@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from modelcrate_converter.config import DeployConfig
     from modelcrate_converter.export import OnnxModel
     from modelcrate_converter.exportable import ExportableModel
+    from modelcrate_converter.progress import Report
 
 
-def build(model: ExportableModel, source: OnnxModel, config: DeployConfig, *, workdir: Path) -> BackendArtifact:
+def build(model: ExportableModel, source: OnnxModel, config: DeployConfig, *, workdir: Path, report: Report) -> BackendArtifact:
     """Write `end2end.onnx`, MMDeploy's name of it.
 
     Args:
@@ -23,7 +24,9 @@ def build(model: ExportableModel, source: OnnxModel, config: DeployConfig, *, wo
         source: the canonical graph.
         config: the target.
         workdir: where the file goes.
+        report: gets nothing.
     """
+    del report  # it takes no time
     raw = source
     source, has_nms = suppressed(model, source, config, workdir=workdir)
     target = workdir / "end2end.onnx"

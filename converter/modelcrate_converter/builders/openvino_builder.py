@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from modelcrate_converter.config import DeployConfig
     from modelcrate_converter.export import OnnxModel
     from modelcrate_converter.exportable import ExportableModel
+    from modelcrate_converter.progress import Report
 
 
-def build(model: ExportableModel, source: OnnxModel, config: DeployConfig, *, workdir: Path) -> BackendArtifact:
+def build(model: ExportableModel, source: OnnxModel, config: DeployConfig, *, workdir: Path, report: Report) -> BackendArtifact:
     """Write `end2end.xml` and `end2end.bin`, MMDeploy's names of them.
 
     Weights are float16 for `fp16` and float32 else: bfloat16 is what the CPU computes in, not what is stored.
@@ -25,10 +26,12 @@ def build(model: ExportableModel, source: OnnxModel, config: DeployConfig, *, wo
         source: the canonical graph; for `int8` a graph with QuantizeLinear and DequantizeLinear.
         config: the target.
         workdir: where the files go.
+        report: gets nothing.
 
     Raises:
         ExportError: OpenVINO cannot read the graph.
     """
+    del report  # it takes no time
     raw = source
     source, has_nms = suppressed(model, source, config, workdir=workdir)
     return BackendArtifact(

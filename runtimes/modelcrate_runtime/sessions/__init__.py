@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from modelcrate_bundle.bundle import Bundle
+    from modelcrate_bundle.manifest import EngineRecord
     from modelcrate_bundle.tensors import TensorSpec
 
 
@@ -38,23 +39,29 @@ class SessionOptions:
     """How to run a network.
 
     Attributes:
-        device: "cpu" or "cuda", MMDeploy's names.
+        device: "cpu" or "cuda", MMDeploy's names; empty takes the backend's own.
         device_id: which of them.
         threads: threads inside one operator; None is one for each core that this process may use.
         providers: ONNX Runtime's execution providers by name, to use exactly these; None follows `device`.
         streams: calls that may run side by side, see `Session.run_beside`; None is what suits the backend, 1 is never more than one.
         precision: what the network computes in, where that is the session's choice (OpenVINO); None takes the bundle's.
         cache_dir: folder where compiled networks are kept, for backends that compile; None keeps none.
+        cuda_binding: what TensorRT's memory and streams go through: "cuda-python" or "pycuda"; None takes what is installed.
+        cuda_graphs: whether TensorRT's launches are recorded for shapes that come again.
+        built_for: what an engine was built for; it is compared before the engine is loaded. None compares nothing.
         optimize: whether the framework may rewrite the graph; without it a graph is run as it stands, slowly, to compare with.
     """
 
-    device: str = "cpu"
+    device: str = ""
     device_id: int = 0
     threads: int | None = None
     providers: tuple[str, ...] | None = None
     streams: int | None = None
     precision: str | None = None
     cache_dir: Path | None = None
+    cuda_binding: str | None = None
+    cuda_graphs: bool = True
+    built_for: EngineRecord | None = None
     optimize: bool = True
 
 
@@ -89,8 +96,8 @@ class Session(Protocol):
         ...
 
 
-class _SessionModule(Protocol):
-    def open_session(self, files: Mapping[str, Path], options: SessionOptions) -> Session: ...
+class _Open(Protocol):
+    def __call__(self, files: Mapping[str, Path], options: SessionOptions) -> Session: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,11 +108,15 @@ class Backend:
         module: what is imported; distributions differ (onnxruntime, onnxruntime-gpu, ...) and are not asked for.
         extra: the extra of modelcrate that brings it.
         session: our module that runs it.
+        opens: its function.
+        device: where it runs when nothing else is said.
     """
 
     module: str
     extra: str
     session: str
+    opens: str = "open_session"
+    device: str = "cpu"
 
     @property
     def is_installed(self) -> bool:
@@ -115,13 +126,24 @@ class Backend:
     @property
     def install_command(self) -> str:
         """What to run when it is not installed."""
+        if self.module == "tensorrt":
+            return TENSORRT_WAYS
         return f"pip install 'modelcrate[{self.extra}]'"
 
 
+TENSORRT_WAYS: Final = (
+    "one of three ways: pip install 'tensorrt>=10.16,<12' with NVIDIA's own index beside PyPI; NVIDIA's container, or JetPack on a Jetson, which have it; "
+    "its .deb or .tar archive. Or TensorRT for RTX, from PyPI: pip install 'modelcrate[tensorrt-rtx]' and the target tensorrt-rtx"
+)
+"""TensorRT's libraries are not on PyPI; what is called so there fetches them from NVIDIA's index."""
 BACKENDS: Final[Mapping[str, Backend]] = {
     "onnxruntime": Backend(module="onnxruntime", extra="onnxruntime", session="modelcrate_runtime.sessions.onnxruntime_session"),
     "openvino": Backend(module="openvino", extra="openvino", session="modelcrate_runtime.sessions.openvino_session"),
     "ncnn": Backend(module="ncnn", extra="ncnn", session="modelcrate_runtime.sessions.ncnn_session"),
+    "tensorrt": Backend(module="tensorrt", extra="tensorrt", session="modelcrate_runtime.sessions.tensorrt_session", device="cuda"),
+    "tensorrt_rtx": Backend(
+        module="tensorrt_rtx", extra="tensorrt-rtx", session="modelcrate_runtime.sessions.tensorrt_session", opens="open_rtx_session", device="cuda"
+    ),
 }
 """Backend name, as deploy.json writes it -> how to run it."""
 
@@ -141,8 +163,13 @@ def open_session(bundle: Bundle, options: SessionOptions) -> Session:
     files = {"net": bundle.path_of(model.net)}
     if model.weights:
         files["weights"] = bundle.path_of(model.weights)
+    manifest = bundle.manifest
+    if manifest is not None and manifest.engine is not None:
+        options = replace(options, built_for=manifest.engine)
+        if manifest.engine.is_stripped:
+            files["source"] = bundle.path_of(manifest.engine.onnx)
     if options.precision is None:
-        options = replace(options, precision=bundle.manifest.precision if bundle.manifest else model.precision.lower())
+        options = replace(options, precision=manifest.precision if manifest else model.precision.lower())
     return open_artefact(model.backend, files, options, where=str(bundle.root))
 
 
@@ -166,5 +193,5 @@ def open_artefact(name: str, files: Mapping[str, Path], options: SessionOptions,
         )
     if not backend.is_installed:
         raise MissingBackendError(f"{where}: needs {name}, which is not installed", hint=backend.install_command)
-    module = cast("_SessionModule", importlib.import_module(backend.session))
-    return module.open_session(files, options)
+    open_files = cast("_Open", getattr(importlib.import_module(backend.session), backend.opens))
+    return open_files(files, replace(options, device=options.device or backend.device))
