@@ -10,6 +10,8 @@ from modelcrate_runtime.cli import raise_if_interrupted
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress as Bars
+    from rich.progress import TaskID
     from rich.status import Status
 
     from modelcrate_bundle.manifest import ParityRecord
@@ -18,11 +20,13 @@ if TYPE_CHECKING:
 
 
 class Progress:
-    """Draws the events of a conversion: a spinner for the stage that runs, a line with its seconds when it ends."""
+    """Draws the events of a conversion: a spinner for the stage that runs, a bar for what can be counted, a line with the seconds of a stage when it ends."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._status: Status | None = None
+        self._bars: Bars | None = None
+        self._tasks: dict[str, TaskID] = {}
         self._drawn = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -52,6 +56,9 @@ class Progress:
 
     def _advance(self, event: Advanced) -> None:
         done, total = event.done, event.total
+        if self._console.is_terminal and total:
+            self._draw_bar(event.name, done, total, unit=event.unit)
+            return
         percent = f"({100 * done // max(total, 1)} %)" if total else ""
         if event.unit == "bytes":
             text = f"{event.name}: {done / 2**20:.1f}" + (f" of {total / 2**20:.1f} MiB {percent}" if total else " MiB")
@@ -63,7 +70,26 @@ class Progress:
             self._drawn = time.monotonic()
             self._console.print(f"  {text}")
 
+    def _draw_bar(self, name: str, done: int, total: int, *, unit: str) -> None:
+        """One bar for each thing that is counted; one that is full goes when the next appears: TensorRT's phases are many."""
+        from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bars
+
+        if self._bars is None:
+            self._stop()
+            counted = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
+            columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), counted, TimeElapsedColumn())
+            self._bars = Bars(*columns, console=self._console, transient=True)
+            self._bars.start()
+        if name not in self._tasks:
+            for old in [old for old, task in self._tasks.items() if self._bars.tasks[self._bars.task_ids.index(task)].finished]:
+                self._bars.remove_task(self._tasks.pop(old))
+            self._tasks[name] = self._bars.add_task(name, total=total)
+        self._bars.update(self._tasks[name], completed=done, total=total)
+
     def _start(self, text: str) -> None:
+        if self._bars is not None:
+            self._stop()
         if self._status is None:
             self._status = self._console.status(text)
             self._status.start()
@@ -74,6 +100,10 @@ class Progress:
         if self._status is not None:
             self._status.stop()
             self._status = None
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+            self._tasks.clear()
 
 
 def print_failure(errors: Console, error: ModelcrateError) -> None:

@@ -297,7 +297,7 @@ def _rehearsed(subject: _Subject, config: DeployConfig, typed: OnnxModel, workdi
     if config.backend == "tensorrt_rtx":
         with clock.stage(f"build {config.target}") as detail:
             engine = workdir / ENGINE_NAME
-            build_engine(source.path, source.inputs, config, engine=engine, where=subject.model.name, report=clock.report)
+            build_engine(source.path, source.inputs, config, place=engine, where=subject.model.name, report=clock.report)
             detail.append(f"{ENGINE_NAME} {engine.stat().st_size / 2**20:.1f} MiB")
     clock.report(Noted(text="the figures below are of the same typed graph in ONNX Runtime on the CPU: nothing was run on a GPU", level="warning"))
     return typed, support

@@ -55,7 +55,7 @@ def rebuild(
     with tempfile.TemporaryDirectory(prefix="modelcrate-") as folder, BundleWriter(out) as writer:
         engine = Path(folder) / ENGINE_NAME
         with clock.stage(f"build {config.target}") as detail:
-            record = build_engine(graph, tuple(manifest.inputs), config, engine=engine, where=manifest.model, report=report)
+            record = build_engine(graph, tuple(manifest.inputs), config, place=engine, where=manifest.model, report=report)
             detail.append(f"{engine.name} {engine.stat().st_size / 2**20:.1f} MiB")
         parity = ParityRecord(verified=False)
         if reference is not None:

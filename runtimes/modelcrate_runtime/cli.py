@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 import typer
 
 from modelcrate_bundle.bundle import Bundle
-from modelcrate_bundle.errors import ConfigError, InputError, ModelcrateError, OutputError, TaskMismatchError
+from modelcrate_bundle.errors import ConfigError, InputError, MissingBackendError, ModelcrateError, OutputError, TaskMismatchError
 from modelcrate_bundle.schema import write_record
 
 if TYPE_CHECKING:
@@ -311,6 +311,7 @@ def backend_rows(*, can_build: dict[str, tuple[bool, str]]) -> list[dict[str, An
         can_build: backend -> whether it can be built for here, and the command that would make it so.
     """
     from modelcrate_runtime.sessions import BACKENDS
+    from modelcrate_runtime.sessions.cuda_device import find_gpu, require_binding
 
     rows = []
     for name, backend in BACKENDS.items():
@@ -319,6 +320,13 @@ def backend_rows(*, can_build: dict[str, tuple[bool, str]]) -> list[dict[str, An
             module = importlib.import_module(backend.module)
             version = str(getattr(module, "__version__", "unknown"))
             details = ", ".join(module.get_available_providers()) if name == "onnxruntime" else ""
+        lacks = ""
+        if backend.is_installed and backend.device == "cuda":
+            try:
+                details = find_gpu().name
+                require_binding()
+            except MissingBackendError as error:
+                lacks = f"{error} ({error.hint})"
         builds, build_hint = can_build.get(name, (False, f"pip install 'modelcrate[convert,{backend.extra}]'"))
         hints = ([] if backend.is_installed else [backend.install_command]) + ([] if builds else [build_hint])
         rows.append(
@@ -326,9 +334,9 @@ def backend_rows(*, can_build: dict[str, tuple[bool, str]]) -> list[dict[str, An
                 "backend": name,
                 "version": version,
                 "can_build": builds,
-                "can_run": version is not None,
+                "can_run": version is not None and not lacks,
                 "details": details,
-                "install": hints[-1] if hints else "",
+                "install": lacks or (hints[-1] if hints else ""),
             }
         )
     return rows
@@ -343,7 +351,7 @@ def print_backends(rows: list[dict[str, Any]], *, as_json: bool) -> None:
 
     out, _ = consoles()
     table = Table()
-    for heading in ("backend", "version", "can build", "can run", "providers"):
+    for heading in ("backend", "version", "can build", "can run", "providers or GPU"):
         table.add_column(heading, overflow="fold")
     for row in rows:
         table.add_row(row["backend"], row["version"] or "not installed", _yes(row["can_build"]), _yes(row["can_run"]), row["details"])

@@ -89,7 +89,7 @@ def build(model: ExportableModel, source: OnnxModel, config: DeployConfig, *, wo
     graph = workdir / "end2end.onnx"
     if source.path != graph:
         shutil.copyfile(source.path, graph)
-    record = build_engine(graph, source.inputs, config, engine=workdir / ENGINE_NAME, where=model.name, report=report)
+    record = build_engine(graph, source.inputs, config, place=workdir / ENGINE_NAME, where=model.name, report=report)
     return BackendArtifact(
         backend=config.backend,
         files={"net": workdir / ENGINE_NAME, "source": graph},
@@ -102,14 +102,14 @@ def build(model: ExportableModel, source: OnnxModel, config: DeployConfig, *, wo
     )
 
 
-def build_engine(graph: Path, inputs: tuple[TensorSpec, ...], config: DeployConfig, *, engine: Path, where: str, report: Report) -> EngineRecord:
+def build_engine(graph: Path, inputs: tuple[TensorSpec, ...], config: DeployConfig, *, place: Path, where: str, report: Report) -> EngineRecord:
     """Build an engine from a typed graph.
 
     Args:
         graph: the ONNX file.
         inputs: its inputs; an axis with a name takes what the config has for the batch.
         config: the target.
-        engine: where the engine goes.
+        place: where the engine goes.
         where: for messages.
         report: gets the progress.
 
@@ -156,12 +156,12 @@ def build_engine(graph: Path, inputs: tuple[TensorSpec, ...], config: DeployConf
             raise monitor.interrupted
         if plan is None:
             raise ExportError(f"{where}: expected {trt.__name__} {trt.__version__} to build an engine, found: {_said(logger)}")
-        engine.write_bytes(plan)
+        place.write_bytes(plan)
         if cache is not None:
             _keep_timing_cache(settings, cache_path)
         is_inspected = gpu is not None
         if is_inspected:
-            layers = _inspected(trt, logger, engine, config, where=where)
+            layers = _inspected(trt, logger, place, config, where=where)
             _check_types(layers, config, what="engine", where=where)
     report(Noted(text=f"{'engine' if is_inspected else 'network'}: {_counts(layers)}"))
     return EngineRecord(
@@ -302,10 +302,10 @@ _ENGINE_WORDS: Final = {
 }  # fmt: skip
 
 
-def _inspected(trt: Any, logger: Any, engine: Path, config: DeployConfig, *, where: str) -> Counter[str]:
+def _inspected(trt: Any, logger: Any, place: Path, config: DeployConfig, *, where: str) -> Counter[str]:
     runtime = trt.Runtime(logger)
     runtime.engine_host_code_allowed = config.tensorrt.version_compatible
-    loaded = runtime.deserialize_cuda_engine(engine.read_bytes())
+    loaded = runtime.deserialize_cuda_engine(place.read_bytes())
     if loaded is None:
         raise ExportError(f"{where}: expected {trt.__name__} {trt.__version__} to load the engine that it built, found: {_said(logger)}")
     return engine_types(loaded.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))

@@ -167,7 +167,11 @@ class TensorRTSession:
         runtime = trt.Runtime(logger)
         if record is not None and record.version_compatible:
             runtime.engine_host_code_allowed = True  # such an engine brings the code that runs it; it comes from the bundle, whose hashes are checked
-        engine = runtime.deserialize_cuda_engine(data)
+        judge = getattr(runtime, "get_engine_validity", None)  # TensorRT for RTX alone can say it without loading
+        verdict = judge(data)[0].name if judge is not None else "VALID"
+        if verdict != "VALID":
+            _LOG.warning("%s: %s %s says of the engine: %s", where, trt.__name__, trt.__version__, verdict.lower())
+        engine = runtime.deserialize_cuda_engine(data) if verdict != "INVALID" else None
         if engine is None:
             raise UnsupportedBundleError(
                 f"{where}: expected an engine that {trt.__name__} {trt.__version__} loads, found one that it refuses: {_last(logger)}",
@@ -175,8 +179,8 @@ class TensorRTSession:
             )
         if record is not None and record.is_stripped:
             refitter = trt.Refitter(engine, logger)
-            parser = trt.OnnxParserRefitter(refitter, logger)
-            if not (parser.refit_from_file(str(files["source"])) and refitter.refit_cuda_engine()):
+            filler = trt.OnnxParserRefitter(refitter, logger)
+            if not (filler.refit_from_file(str(files["source"])) and refitter.refit_cuda_engine()):
                 raise UnsupportedBundleError(f"{where}: expected to fill in the weights from {files['source'].name}, found: {_last(logger)}")
         self._runtime, self._engine = runtime, engine
         self._context = context = self._new_context()
