@@ -9,16 +9,12 @@ detector's. --write puts the figures into the checkpoints.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from faster_coco_eval import COCO, COCOeval_faster
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -29,6 +25,7 @@ from modelcrate_converter.demo import DEMO_MODELS, HELD_OUT_SEED
 from modelcrate_converter.people import DATA_VERSION, Scene, draw_scene
 from modelcrate_converter.people.dataset import coco_annotations
 from modelcrate_runtime import Detector, PoseDetector
+from modelcrate_runtime.accuracy import Accuracy, Dataset, box_rows, coco_figures, pose_rows
 
 
 def main() -> None:
@@ -66,50 +63,22 @@ def measure(detector_bundle: Path, pose_bundle: Path, *, count: int, seed: int) 
     """COCO figures of both models: boxes, keypoints with true boxes, keypoints with the detector's boxes (those scoring 0.05 and more, as MMPose has it)."""
     scenes: list[Scene] = [draw_scene(seed, index) for index in track(range(count), description="draw", transient=True)]
     names = [(f"{i:06d}", scene.people) for i, scene in enumerate(scenes)]
-    truth = coco_annotations(names, size_hw=(320, 320), info={})
-    boxes: list[dict[str, Any]] = []
-    given: list[dict[str, Any]] = []
-    found: list[dict[str, Any]] = []
+    truth = Dataset.of(coco_annotations(names, size_hw=(320, 320), info={}), annotations=Path("procedural"), folder=Path())
+    boxes, given, found = Accuracy(kind="bbox"), Accuracy(kind="keypoints"), Accuracy(kind="keypoints")
     with Detector(detector_bundle) as detector, PoseDetector(pose_bundle) as estimator:
         manifest = estimator.bundle.manifest
         sigmas = manifest.keypoints.sigmas if manifest and manifest.keypoints else []
         for image_id, scene in enumerate(track(scenes, description="run", transient=True), start=1):
             detections = detector.detect(scene.image)
-            for box, score in zip(detections.boxes_xyxy.tolist(), detections.scores.tolist(), strict=True):
-                boxes.append({"image_id": image_id, "category_id": 1, "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]], "score": score})
+            boxes.rows += box_rows(image_id, detections, [1])
             true_boxes = np.array([person.box_xyxy for person in scene.people], dtype=np.float32).reshape(-1, 4)
-            given += keypoint_rows(image_id, estimator(scene.image, true_boxes), np.ones(len(true_boxes)))
-            found += keypoint_rows(image_id, estimator(scene.image, detections.boxes_xyxy), detections.scores)
+            given.rows += pose_rows(image_id, 1, estimator.estimate(scene.image, true_boxes), np.ones(len(true_boxes)))
+            found.rows += pose_rows(image_id, 1, estimator.estimate(scene.image, detections.boxes_xyxy), detections.scores)
     return {
-        "boxes": coco_figures(truth, boxes, "bbox"),
-        "keypoints, true boxes": coco_figures(truth, given, "keypoints", sigmas),
-        "keypoints, detected boxes": coco_figures(truth, found, "keypoints", sigmas),
+        "boxes": coco_figures(truth, boxes),
+        "keypoints, true boxes": coco_figures(truth, given, sigmas),
+        "keypoints, detected boxes": coco_figures(truth, found, sigmas),
     }
-
-
-def keypoint_rows(image_id: int, poses: np.ndarray, box_scores: np.ndarray) -> list[dict[str, Any]]:
-    """Results in COCO's format. As MMPose scores them: the box's score times the mean of the keypoints that score above 0.2."""
-    rows = []
-    for points, box_score in zip(poses, box_scores.tolist(), strict=True):
-        scores = points[:, 2]
-        good = scores[scores > 0.2]
-        rows.append({
-            "image_id": image_id, "category_id": 1, "keypoints": points.astype(float).ravel().tolist(),
-            "score": float(box_score) * float(good.mean() if len(good) else 0.0),
-        })  # fmt: skip
-    return rows
-
-
-def coco_figures(truth: dict[str, Any], results: list[dict[str, Any]], kind: str, sigmas: list[float] | None = None) -> dict[str, float]:
-    """COCO's figures; keypoints with the sigmas of their own set, which the bundle's manifest has."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        ground_truth = COCO(truth)
-        if not results:
-            return dict.fromkeys(("AP", "AP50", "AP75", "AR"), 0.0)
-        evaluation = COCOeval_faster(ground_truth, ground_truth.loadRes(results), kind, print_function=lambda *_: None, kpt_oks_sigmas=sigmas or None)
-        evaluation.run()
-    stats = evaluation.stats
-    return {"AP": float(stats[0]), "AP50": float(stats[1]), "AP75": float(stats[2]), "AR": float(stats[8] if kind == "bbox" else stats[5])}
 
 
 def stamp(path: Path, figures: dict[str, dict[str, float]], options: argparse.Namespace) -> None:

@@ -19,6 +19,7 @@ from modelcrate_runtime.images import read_image
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from modelcrate_runtime.results import Detections, Poses
     from modelcrate_runtime.tasks import Detector, PoseDetector
 
 Rows: TypeAlias = "list[dict[str, Any]]"
@@ -27,6 +28,7 @@ Report: TypeAlias = Callable[[int, int], None]
 
 KEYPOINT_SCORE: Final = 0.2
 """Keypoints that score more count in the score of a pose; MMPose's `vis_thr` of COCO."""
+_COCO: Final = "images, annotations and categories, as COCO has them"
 FIGURES: Final = ("AP", "AP50", "AP75", "AR")
 
 
@@ -85,22 +87,31 @@ class Dataset:
             InputError: no such file, or not such JSON; the message has the JSON path.
         """
         try:
-            data = annotations.read_bytes()
-            content = msgspec.json.decode(data, type=_Content)
-            raw: dict[str, Any] = msgspec.json.decode(data)
+            raw: dict[str, Any] = msgspec.json.decode(annotations.read_bytes(), type=dict)
         except OSError as error:
             raise InputError(f"{annotations}: expected COCO annotations, found: {error.strerror}", hint="check the path") from error
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"{annotations}: expected COCO annotations, found: {error}", hint="images, annotations and categories, as COCO has them"
-            ) from error
+            raise InputError(f"{annotations}: expected COCO annotations, found: {error}", hint=_COCO) from error
+        return cls.of(raw, annotations=annotations, folder=folder or annotations.parent, limit=limit)
+
+    @classmethod
+    def of(cls, raw: dict[str, Any], *, annotations: Path, folder: Path, limit: int | None = None) -> Dataset:
+        """From what such a file has in it.
+
+        Raises:
+            InputError: not COCO's structure, or no annotations.
+        """
+        try:
+            content = msgspec.convert(raw, _Content)
+        except msgspec.ValidationError as error:
+            raise InputError(f"{annotations}: expected COCO annotations, found: {error}", hint=_COCO) from error
         if limit is not None:
             content.images = content.images[:limit]
         known = {image.id for image in content.images}
         content.annotations = [one for one in content.annotations if one.image_id in known]
         if not content.annotations:
             raise InputError(f"{annotations}: expected annotated images, found {len(content.images)} images without any annotation")
-        return cls(annotations=annotations, raw=raw, content=content, folder=folder or annotations.parent)
+        return cls(annotations=annotations, raw=raw, content=content, folder=folder)
 
     def category_ids(self, class_names: Sequence[str]) -> list[int]:
         """Label -> category: by name, or in order where there are as many and no name is known.
@@ -166,10 +177,8 @@ def evaluate_boxes(detector: Detector, dataset: Dataset, report: Report | None =
     result = Accuracy(kind="bbox")
     for image_id, image in _images(dataset, [image.id for image in dataset.content.images], result, report):
         found = detector.detect(image)
-        for box, score, label in zip(found.boxes_xyxy.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True):
-            sides = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
-            result.rows.append({"image_id": image_id, "category_id": categories[label], "bbox": sides, "score": score})
-    result.figures = coco_figures(dataset, result, sigmas=None)
+        result.rows += box_rows(image_id, found, categories)
+    result.figures = coco_figures(dataset, result)
     return result
 
 
@@ -210,14 +219,29 @@ def evaluate_keypoints(
     for image_id, image in _images(dataset, ids, result, report):
         of_image, box_scores = given.get(image_id, nothing)
         poses = estimator.estimate(image, of_image)
-        for points, scores, box_score in zip(poses.keypoints_xy, poses.scores, box_scores.tolist(), strict=True):
-            # As MMPose rescores: the box's score times the mean of the keypoints that are seen.
-            seen = scores[scores > KEYPOINT_SCORE]
-            flat = np.concatenate([points, scores[:, None]], axis=1).astype(float).ravel().tolist()
-            score = box_score * float(seen.mean()) if len(seen) else 0.0
-            result.rows.append({"image_id": image_id, "category_id": min(of_people), "keypoints": flat, "score": score})
-    result.figures = coco_figures(dataset, result, sigmas=info.sigmas if info else None)
+        result.rows += pose_rows(image_id, min(of_people), poses, box_scores)
+    result.figures = coco_figures(dataset, result, info.sigmas if info else ())
     return result
+
+
+def box_rows(image_id: int, found: Detections, categories: Sequence[int]) -> Rows:
+    """The detections of one image as COCO's results; `categories` has a label's category."""
+    rows = []
+    for box, score, label in zip(found.boxes_xyxy.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True):
+        sides = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+        rows.append({"image_id": image_id, "category_id": categories[label], "bbox": sides, "score": score})
+    return rows
+
+
+def pose_rows(image_id: int, category: int, poses: Poses, box_scores: NDArray[np.floating[Any]]) -> Rows:
+    """The poses of one image as COCO's results. As MMPose rescores: a box's score times the mean of its keypoints that are seen."""
+    rows = []
+    for points, scores, box_score in zip(poses.keypoints_xy, poses.scores, box_scores.tolist(), strict=True):
+        seen = scores[scores > KEYPOINT_SCORE]
+        flat = np.concatenate([points, scores[:, None]], axis=1).astype(float).ravel().tolist()
+        score = box_score * float(seen.mean()) if len(seen) else 0.0
+        rows.append({"image_id": image_id, "category_id": category, "keypoints": flat, "score": score})
+    return rows
 
 
 def _true_boxes(dataset: Dataset) -> dict[int, tuple[NDArray[np.float32], NDArray[np.float32]]]:
@@ -250,8 +274,8 @@ def _images(dataset: Dataset, ids: Sequence[int], result: Accuracy, report: Repo
         )
 
 
-def coco_figures(dataset: Dataset, result: Accuracy, *, sigmas: Sequence[float] | None) -> dict[str, float]:
-    """COCO's figures of results on the images that could be read."""
+def coco_figures(dataset: Dataset, result: Accuracy, sigmas: Sequence[float] = ()) -> dict[str, float]:
+    """COCO's figures of results on the images that could be read; keypoints with the sigmas of their own set, COCO's where there are none."""
     from faster_coco_eval import COCO, COCOeval_faster
 
     if not result.rows:
