@@ -40,10 +40,12 @@ class Crop:
     Attributes:
         step_xy: image pixels per network pixel, (x, y).
         origin_xy: image position of network pixel (0, 0), (x, y).
+        sdk: the same as the SDK has it, (scale x, scale y, centre x, centre y) in float32, scales in units of 200 pixels; None for exact crops.
     """
 
     step_xy: tuple[float, float]
     origin_xy: tuple[float, float]
+    sdk: tuple[np.float32, np.float32, np.float32, np.float32] | None = None
 
 
 def to_image(points_xy: Points, crops: list[Crop]) -> Points:
@@ -60,6 +62,26 @@ def to_image(points_xy: Points, crops: list[Crop]) -> Points:
     mapped = np.empty(points_xy.shape, dtype=np.float32)
     mapped[..., 0] = points_xy[..., 0] * step_x + origin_x
     mapped[..., 1] = points_xy[..., 1] * step_y + origin_y
+    return mapped
+
+
+def to_image_sdk(points_xy: Points, crops: list[Crop], *, size_wh: tuple[int, int]) -> Points:
+    """`to_image` in the SDK's own steps for SimCC, to the last bit: its tracker rounds boxes around keypoints to pixels (spec 3.3).
+
+    Args:
+        points_xy: (N, K, 2) float32 in network-input pixels.
+        crops: (N) the crops that they were found in; without the SDK's numbers they are mapped as by `to_image`.
+        size_wh: network input (width, height) in pixels.
+
+    Returns:
+        (N, K, 2) float32 in image pixels.
+    """
+    mapped = to_image(points_xy, crops)
+    for i, crop in enumerate(crops):
+        if crop.sdk is not None:
+            scale, center = np.array(crop.sdk[:2], dtype=np.float32), np.array(crop.sdk[2:], dtype=np.float32)
+            near = points_xy[i] * scale * np.float32(PIXEL_STD) / np.array(size_wh, dtype=np.float32) + center
+            mapped[i] = near.astype(np.float64) - (scale * np.float32(PIXEL_STD)).astype(np.float64) * 0.5
     return mapped
 
 
@@ -358,7 +380,8 @@ def plan_sdk(box_xyxy: NDArray[np.float32] | None, *, image_hw: tuple[int, int],
     elif w < aspect * h:
         w = aspect * h
     size_x, size_y = w / f32(PIXEL_STD) * f32(padding) * f32(PIXEL_STD), h / f32(PIXEL_STD) * f32(padding) * f32(PIXEL_STD)
-    roi = (_round(center_x - size_x / 2), _round(center_y - size_y / 2), _round(size_x), _round(size_y))
+    # Before NumPy 2 a float32 and a Python number make a double: halves are float32 as well.
+    roi = (_round(center_x - size_x / f32(2)), _round(center_y - size_y / f32(2)), _round(size_x), _round(size_y))
     source = _intersection(roi, (0, 0, image_w, image_h))
     factor = f32(width) / size_x
     target = _intersection(
@@ -373,7 +396,7 @@ def plan_sdk(box_xyxy: NDArray[np.float32] | None, *, image_hw: tuple[int, int],
     cut = Cut(source=source, target=target, size_wh=size_wh)
     if 0 in source[2:] or 0 in target[2:]:
         step = (float(size_x) / width, float(size_y) / height)
-        return cut, Crop(step_xy=step, origin_xy=(float(center_x - size_x / 2), float(center_y - size_y / 2)))
+        return cut, Crop(step_xy=step, origin_xy=(float(center_x - size_x / f32(2)), float(center_y - size_y / f32(2))))
     sx, sy, sw, sh = source
     tx, ty, tw, th = target
     factor_x, factor_y = f32(tw) / f32(sw), f32(th) / f32(sh)
@@ -381,10 +404,12 @@ def plan_sdk(box_xyxy: NDArray[np.float32] | None, *, image_hw: tuple[int, int],
         f32(sx + (sw - 1) / 2) + (f32(width / 2) - f32(tx + (tw - 1) / 2)) / factor_x,
         f32(sy + (sh - 1) / 2) + (f32(height / 2) - f32(ty + (th - 1) / 2)) / factor_y,
     )
-    new_size = (f32(width) / factor_x / f32(PIXEL_STD) * f32(PIXEL_STD), f32(height) / factor_y / f32(PIXEL_STD) * f32(PIXEL_STD))
+    new_scale = (f32(width) / factor_x / f32(PIXEL_STD), f32(height) / factor_y / f32(PIXEL_STD))
+    new_size = (new_scale[0] * f32(PIXEL_STD), new_scale[1] * f32(PIXEL_STD))
     return cut, Crop(
         step_xy=(float(new_size[0]) / width, float(new_size[1]) / height),
         origin_xy=(float(new_center[0]) - float(new_size[0]) * 0.5, float(new_center[1]) - float(new_size[1]) * 0.5),
+        sdk=(*new_scale, *new_center),
     )
 
 

@@ -21,7 +21,7 @@ from modelcrate_bundle.schema import (
     TopDownAffine,
 )
 from modelcrate_runtime import heatmaps
-from modelcrate_runtime.geometry import Crop, Geometry, Points, to_image
+from modelcrate_runtime.geometry import Crop, Geometry, Points, to_image, to_image_sdk
 from modelcrate_runtime.results import Classification, Detections, Poses
 
 if TYPE_CHECKING:
@@ -261,6 +261,8 @@ class KeypointDecoder:
             points, scores = decode_simcc(
                 np.asarray(outputs["simcc_x"], dtype=np.float32), np.asarray(outputs["simcc_y"], dtype=np.float32), split_ratio=self._params.simcc_split_ratio
             )
+        if self._geometry == "sdk" and isinstance(self._params, SimCCLabelDecodeParams):
+            return Poses(keypoints_xy=to_image_sdk(points, crops, size_wh=(input_hw[1], input_hw[0])), scores=scores)
         return Poses(keypoints_xy=to_image(points, crops), scores=scores)
 
     def _decode_heatmaps(self, maps: Tensor, params: HeatmapDecodeParams, *, input_hw: tuple[int, int]) -> tuple[Points, Tensor]:

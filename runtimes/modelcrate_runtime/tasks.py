@@ -425,7 +425,7 @@ class PoseDetector(_Task):
             start = end
         return results
 
-    @property
+    @functools.cached_property
     def keypoint_count(self) -> int:
         """K, for images without boxes: from the manifest, else from the graph, else by running the network once."""
         if self.bundle.manifest and self.bundle.manifest.keypoints:

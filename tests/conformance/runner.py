@@ -3,7 +3,8 @@ Runtime in both the numbers must be the same, not nearly the same.
 
 Usage: runner.py sdk|ours JOBS.json RESULTS.npz
 A job: {"task": "Detector" | "PoseDetector" | "Classifier", "bundle": folder, "image": file.npy, "boxes": [[l, t, r, b], ...] | null}.
-Results: `<i>_boxes` (N, 5) and `<i>_labels` (N,) for detectors, `<i>_poses` (N, K, 3) for pose estimators, `<i>_classes` (N, 2) with label
+A job of a tracker: {"task": "PoseTracker", "detector": folder, "estimator": folder, "frames": file.npz with 0, 1, ..., "detects": [-1, ...], "params": {...}}.
+Results: `<i>_counts` (T,), `<i>_ids`, `<i>_keypoints` and `<i>_tracked` (the boxes) of all frames one after another for trackers; `<i>_boxes` (N, 5) and `<i>_labels` (N,) for detectors, `<i>_poses` (N, K, 3) for pose estimators, `<i>_classes` (N, 2) with label
 and score for classifiers.
 """
 
@@ -28,6 +29,9 @@ def main(who: str, jobs_path: str, results_path: str) -> None:
     results = {}
     loaded = {}
     for i, job in enumerate(jobs):
+        if job["task"] == "PoseTracker":
+            results |= {f"{i}_{name}": value for name, value in _track(who, job).items()}
+            continue
         key = (job["task"], job["bundle"])
         if key not in loaded:
             loaded[key] = load[job["task"]](job["bundle"])
@@ -41,6 +45,27 @@ def main(who: str, jobs_path: str, results_path: str) -> None:
         else:
             results[f"{i}_poses"] = loaded[key](image, job["boxes"])
     np.savez(results_path, **results)
+
+
+def _track(who, job):
+    if who == "sdk":
+        from mmdeploy_runtime import PoseTracker
+
+        tracker = PoseTracker(job["detector"], job["estimator"], "cpu", 0)
+    else:
+        from modelcrate_runtime import PoseTracker
+
+        tracker = PoseTracker(job["detector"], job["estimator"], mode="sdk")
+    state = tracker.create_state(**job["params"])
+    frames = np.load(job["frames"])
+    found = [tracker(state, frames[str(t)], detect) for t, detect in enumerate(job["detects"])]
+    keypoints = [poses for poses, _, _ in found if len(poses)]
+    return {
+        "counts": np.array([len(ids) for _, _, ids in found]),
+        "ids": np.concatenate([ids for _, _, ids in found]),
+        "keypoints": np.concatenate(keypoints) if keypoints else np.zeros((0, 0, 3)),
+        "tracked": np.concatenate([boxes for _, boxes, _ in found]),
+    }
 
 
 def _load_sdk(cls, bundle):
