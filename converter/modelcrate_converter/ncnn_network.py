@@ -135,7 +135,7 @@ def read_network(text: str, content: bytes, *, where: str) -> list[Layer]:
                 layer.weights.append((array, is_tagged))
     except KeyError as error:
         raise ExportError(f"{where}: expected layers whose weights are known, found {error.args[0]}", hint="use ncnn or ncnn-fp16") from error
-    except ValueError as error:
+    except (ValueError, IndexError, OverflowError) as error:
         raise ExportError(f"{where}: expected an ncnn network, found: {error}") from error
     if at != len(content):
         raise ExportError(f"{where}: expected a .bin of {at} bytes, as its layers have, found {len(content)}")
@@ -149,6 +149,8 @@ def _parse(text: str) -> list[Layer]:
     layers = []
     for words in filter(None, (line.split() for line in lines)):
         reads, makes = int(words[2]), int(words[3])
+        if min(reads, makes, len(words) - 4 - reads - makes) < 0:
+            raise ValueError(" ".join(words)[:100])
         options = dict(word.split("=", 1) for word in words[4 + reads + makes :])
         layer = Layer(
             kind=words[0], name=words[1], bottoms=words[4 : 4 + reads], tops=words[4 + reads : 4 + reads + makes],
@@ -159,6 +161,8 @@ def _parse(text: str) -> list[Layer]:
 
 
 def _read_array(content: bytes, at: int, size: int, *, is_tagged: bool) -> tuple[NDArray[Any], int]:
+    if size < 0:  # for numpy it is all that there is
+        raise ValueError(f"weights of {size} values")
     dtype: Any = np.float32
     if is_tagged:
         tag = int.from_bytes(content[at : at + 4], "little")

@@ -209,6 +209,7 @@ def dequantized(model: OnnxModel, *, workdir: Path) -> tuple[OnnxModel, list[Qua
     graph = proto.graph
     constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     scales: dict[str, float] = {}  # tensor behind a pair -> its scale
+    levelled: set[str] = set()  # weights that were on levels
     same: dict[str, str] = {}  # tensor behind a pair, or behind one half of it -> what went in
     kept = []
     for node in graph.node:
@@ -216,6 +217,7 @@ def dequantized(model: OnnxModel, *, workdir: Path) -> tuple[OnnxModel, list[Qua
             same[node.output[0]] = same.get(node.input[0], node.input[0])
         elif node.op_type == "DequantizeLinear" and node.input[0] in constants:
             constants[node.output[0]] = _floats(node, constants)
+            levelled.add(node.output[0])
         elif node.op_type == "DequantizeLinear":
             same[node.output[0]] = same[node.input[0]]
             scales[node.output[0]] = float(constants[node.input[1]])
@@ -224,7 +226,7 @@ def dequantized(model: OnnxModel, *, workdir: Path) -> tuple[OnnxModel, list[Qua
     convolutions = [
         QuantizedConvolution(weights=constants[node.input[1]], scale=scales[node.input[0]])
         for node in kept
-        if node.op_type == "Conv" and node.input[0] in scales
+        if node.op_type == "Conv" and node.input[0] in scales and node.input[1] in levelled  # others only read what one of these reads too
     ]
     makers = {name: node for node in kept for name in node.output}
     behind_pairs = [value.name for value in graph.output if value.name in same]

@@ -17,7 +17,7 @@ from modelcrate_converter.checkpoint import read_checkpoint
 from modelcrate_converter.config import DeployConfig, OnnxOptions, load_config, target_names
 from modelcrate_converter.export import OnnxModel, export_onnx
 from modelcrate_converter.ncnn_network import float_weights, read_network
-from modelcrate_converter.observe import observe
+from modelcrate_converter.observe import normalized, observe
 from modelcrate_converter.own_model import read_own_model
 from modelcrate_converter.parity import ParityImage, check_parity, network_inputs
 from modelcrate_converter.simplify import simplify
@@ -169,7 +169,7 @@ def _ncnn_tensors(artifact: BackendArtifact, graph: OnnxModel, tensor: NDArray[n
     """What goes into each layer with weights, and the outputs: pnnx renames everything else, but a layer is known by its weights."""
     import onnx
 
-    proto = onnx.load(graph.path)
+    proto = normalized(onnx.load(graph.path))  # weights may be Constant nodes
     constants = {value.name: onnx.numpy_helper.to_array(value) for value in proto.graph.initializer}
     waiting = [
         (np.sort(constants[name], axis=None), node.input[0])

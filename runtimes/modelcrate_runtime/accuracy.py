@@ -55,7 +55,7 @@ class _Annotation(msgspec.Struct):
 class _Content(msgspec.Struct):
     images: list[_Image]
     annotations: list[_Annotation]
-    categories: list[_Category] = msgspec.field(default_factory=list)
+    categories: list[_Category]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,6 +177,11 @@ def evaluate_boxes(detector: Detector, dataset: Dataset, report: Report | None =
     result = Accuracy(kind="bbox")
     for image_id, image in _images(dataset, [image.id for image in dataset.content.images], result, report):
         found = detector.detect(image)
+        if found.labels.max(initial=0) >= len(categories):
+            raise ConfigError(
+                f"{dataset.annotations}: categories: expected one for each class of the model, found {len(categories)} and the label {found.labels.max()}",
+                hint="evaluate on data of the same classes",
+            )
         result.rows += box_rows(image_id, found, categories)
     result.figures = coco_figures(dataset, result)
     return result
@@ -281,10 +286,25 @@ def coco_figures(dataset: Dataset, result: Accuracy, sigmas: Sequence[float] = (
     if not result.rows:
         return dict.fromkeys(FIGURES, 0.0)
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(dataset.raw)
+        truth = COCO(_filled(dataset.raw, kind=result.kind))
         own_sigmas = list(sigmas) if sigmas else None
         evaluation = COCOeval_faster(truth, truth.loadRes(result.rows), result.kind, print_function=lambda *_: None, kpt_oks_sigmas=own_sigmas)
         evaluation.params.imgIds = [image.id for image in dataset.content.images if image.id not in result.skipped]
         evaluation.run()
     stats = evaluation.stats
+    if stats[0] < 0:  # no gate is to pass on two figures for nothing
+        raise InputError(f"{dataset.annotations}: expected objects to find in the images, found none of the classes that is no crowd", hint="give other data")
     return dict(zip(FIGURES, (float(stats[i]) for i in (0, 1, 2, 8 if result.kind == "bbox" else 5)), strict=True))
+
+
+def _filled(raw: dict[str, Any], *, kind: str) -> dict[str, Any]:
+    """A copy, since the evaluation writes into it; of keypoints with what it insists on and not every writer of annotations says."""
+    length = max(len(one.get("keypoints", ())) for one in raw["annotations"])
+    filled = []
+    for one in raw["annotations"]:
+        more: dict[str, Any] = {}
+        if kind == "keypoints":
+            points = one.get("keypoints") or [0] * length
+            more = {"area": one.get("area", one["bbox"][2] * one["bbox"][3]), "keypoints": points, "num_keypoints": sum(v > 0 for v in points[2::3])}
+        filled.append(one | more)
+    return raw | {"annotations": filled}

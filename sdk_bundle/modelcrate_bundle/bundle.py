@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from modelcrate_bundle.errors import BundleError, BundleFormatError, BundleIntegrityError, OutputError
-from modelcrate_bundle.manifest import FileEntry, Manifest, read_manifest, write_manifest
+from modelcrate_bundle.manifest import FileEntry, Manifest, hash_of_facts, read_manifest, write_manifest
 from modelcrate_bundle.schema import (
     DeployInfo,
     DeployModel,
@@ -149,9 +149,10 @@ class Bundle:
         manifest = self.manifest
         if manifest is None:
             return
-        if manifest.content_sha256 != manifest.facts_hash:
+        written = hash_of_facts(decode_json(self._source.read_json("manifest.json"), where=f"{self.root}/manifest.json"))
+        if manifest.content_sha256 not in {written, manifest.facts_hash}:
             raise BundleIntegrityError(
-                f"{self.root}/manifest.json: expected content_sha256 {manifest.content_sha256[:16]}, found {manifest.facts_hash[:16]}: it was edited",
+                f"{self.root}/manifest.json: expected content_sha256 {manifest.content_sha256[:16]}, found {written[:16]}: it was edited",
                 hint="convert again, or copy the bundle again from where it was built",
             )
         for entry in manifest.files:

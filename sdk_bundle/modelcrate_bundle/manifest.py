@@ -242,10 +242,13 @@ class Manifest(Record, kw_only=True):
     @property
     def facts_hash(self) -> str:
         """SHA-256 of everything but `timing` and `content_sha256`."""
-        raw: dict[str, Any] = write_record(self)
-        raw.pop("timing", None)
-        raw.pop("content_sha256", None)
-        return hashlib.sha256(msgspec.json.encode(raw, order="sorted")).hexdigest()
+        return hash_of_facts(write_record(self))
+
+
+def hash_of_facts(raw: dict[str, Any]) -> str:
+    """SHA-256 of everything but `timing` and `content_sha256` in a manifest as it was written, whatever fields there have come to be since."""
+    facts = {key: value for key, value in raw.items() if key not in {"timing", "content_sha256"}}
+    return hashlib.sha256(msgspec.json.encode(facts, order="sorted")).hexdigest()
 
 
 def write_manifest(manifest: Manifest) -> bytes:
