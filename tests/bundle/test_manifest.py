@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from modelcrate_bundle import Bundle, Manifest, ShapeRange, TensorSpec
-from modelcrate_bundle.errors import BundleFormatError, ModelcrateError, UnsupportedBundleError
+from modelcrate_bundle.errors import BundleFormatError, BundleIntegrityError, ModelcrateError, UnsupportedBundleError
 from modelcrate_bundle.manifest import (
+    AccuracyParity,
     FileEntry,
     KeypointInfo,
     OutputParity,
@@ -129,7 +130,12 @@ def test_written_manifest_reads_to_the_same_value(make_manifest: MakeManifest) -
         files=[FileEntry(path="end2end.onnx", role="net", bytes=3, sha256="cd" * 32)],
         parity=ParityRecord(
             verified=True,
+            decided_by="accuracy",
             pixels=[PixelParity(name="keypoint_shift_px", worst=0.5, mean=0.1, count=34, undecided=1, gate=1.0, passed=True)],
+            accuracy=[
+                AccuracyParity(name="keypoints_ap", data="val.json", images=500, reference=0.75, value=0.746, gate=1.0),
+                AccuracyParity(name="bbox_ap", data="val.json", images=500, reference=0.5, value=0.6),
+            ],
         ),
     )
     read = read_manifest(write_manifest(manifest))
@@ -260,6 +266,53 @@ def test_parity_passed_only_if_everything_did(verified: bool, output: bool, pixe
         pixels=[PixelParity(name="b", worst=0.0, mean=0.0, count=1, undecided=0, gate=1.0, passed=pixel)],
     )
     assert record.passed is passed
+
+
+@pytest.mark.parametrize(
+    ("decided_by", "figures", "drop", "passed"),
+    [
+        ("parity", True, 0.5, True), ("parity", False, 0.5, False), ("parity", True, 1.5, False), ("accuracy", False, 0.5, True),
+        ("accuracy", True, 1.5, False), ("accuracy", False, -20.0, True),
+    ],
+)  # fmt: skip
+def test_accuracy_decides_beside_the_other_figures_or_alone(decided_by: Any, figures: bool, drop: float, passed: bool) -> None:
+    measured = AccuracyParity(name="bbox_ap", data="val.json", images=9, reference=0.5, value=0.5 - drop / 100, gate=1.0)
+    assert measured.drop == pytest.approx(drop)
+    record = ParityRecord(
+        verified=True,
+        decided_by=decided_by,
+        outputs=[OutputParity(name="a", max_abs=0.0, relative_linf=0.0, gate=1.0, passed=figures)],
+        accuracy=[measured],
+    )
+    assert record.passed is passed
+    record.verified = False
+    assert record.passed is False
+    assert AccuracyParity(name="bbox_ap", data="val.json", images=9, reference=1.0, value=0.0).passed, "without a gate it is only told"
+
+
+@pytest.mark.parametrize("word", ["", "Parity", "both", None, 1])
+def test_a_record_that_is_decided_otherwise_is_refused(word: Any, make_manifest: MakeManifest) -> None:
+    raw = as_object(make_manifest())
+    raw["parity"]["decided_by"] = word
+    with pytest.raises(BundleFormatError, match=r"m: \$\.parity\.decided_by: "):
+        read_manifest(json.dumps(raw).encode(), where="m")
+
+
+def test_a_bundle_from_before_there_was_accuracy_is_not_called_edited(make_manifest: MakeManifest, write_bundle: Callable[..., Bundle], tmp_path: Path) -> None:
+    """Of the same schema version; the hash is over what was written."""
+    place = tmp_path / "bundle"
+    write_bundle(place).verify()
+    raw = json.loads((place / "manifest.json").read_bytes())
+    del raw["parity"]["decided_by"], raw["parity"]["accuracy"]
+    (place / "manifest.json").write_bytes(with_its_hash(raw))
+    bundle = Bundle.open(place)
+    bundle.verify()
+    assert bundle.manifest is not None
+    assert (bundle.manifest.parity.decided_by, bundle.manifest.parity.accuracy) == ("parity", [])
+    raw["parity"]["samples"] += 1
+    (place / "manifest.json").write_bytes(json.dumps(raw).encode())
+    with pytest.raises(BundleIntegrityError, match="it was edited"):
+        Bundle.open(place).verify()
 
 
 @pytest.mark.parametrize(("shape", "dynamic"), [(("batch", 3), True), ((1, "height"), False), ((), False)])

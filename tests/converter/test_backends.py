@@ -1,7 +1,8 @@
-"""OpenVINO and ncnn: what their builders write, what they refuse to write, and that their bundles find what ONNX Runtime's find."""
+"""OpenVINO and ncnn: what their builders write, INT8 of one calibration, what they refuse to write, and that their bundles find what ONNX Runtime's find."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import re
@@ -23,15 +24,18 @@ from typer.testing import CliRunner
 from modelcrate_bundle.bundle import Bundle
 from modelcrate_bundle.errors import ConfigError, ExportError, MissingBackendError, ModelcrateError
 from modelcrate_bundle.tensors import TensorSpec
-from modelcrate_converter.builders import ncnn_builder
+from modelcrate_converter.architecture import read_architecture
+from modelcrate_converter.builders import can_build, check_can_build, ncnn_builder
 from modelcrate_converter.builders.ncnn_builder import OLDEST_PNNX, lint, named
+from modelcrate_converter.checkpoint import read_checkpoint
 from modelcrate_converter.cli import app
-from modelcrate_converter.config import DeployConfig, NmsOptions, OnnxOptions, load_config
+from modelcrate_converter.config import DeployConfig, NmsOptions, OnnxOptions, load_config, target_names
 from modelcrate_converter.convert import Conversion, ConvertOptions, convert
 from modelcrate_converter.demo import DEMO_MODELS, HELD_OUT_SEED
 from modelcrate_converter.models.blueprints import random_weights, rtmdet_shapes, rtmpose_shapes
+from modelcrate_converter.parity import network_inputs, procedural_images
 from modelcrate_converter.people import Scene, draw_scene
-from modelcrate_converter.progress import Event, StageFinished
+from modelcrate_converter.progress import Event, StageFinished, StageStarted
 from modelcrate_runtime import Detector, PoseDetector, SessionOptions, open_session
 from modelcrate_runtime.results import Detections
 
@@ -262,17 +266,29 @@ def test_the_command_line_says_the_same(detector: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-# ------------------------------------------------------------------------------------------------------------------- agreement
+# ------------------------------------------------------------------------------------------------------------------------ INT8
 
 
-def assert_same_boxes(found: Detections, wanted: Detections) -> None:
-    """Every box but those at the threshold has its like on the other side: within 0.05 px and 0.001 of score."""
-    for ours, theirs in ((found, wanted), (wanted, found)):
-        for box, label, score in zip(ours.boxes_xyxy, ours.labels, ours.scores, strict=True):
-            if score < 0.052:
-                continue
-            alike = (theirs.labels == label) & (np.abs(theirs.boxes_xyxy - box).max(axis=1, initial=0) <= 0.05) & (np.abs(theirs.scores - score) <= 1e-3)
-            assert alike.any(), (box, label, score)
+INT8 = ["ncnn-int8", "onnxruntime-int8", "openvino-int8"]
+
+
+def int8(target: str, **changes: object) -> DeployConfig:
+    """A target that is calibrated on two scenes."""
+    config = load_config(target)
+    return msgspec.structs.replace(config, int8=msgspec.structs.replace(config.int8, scenes=2, **changes))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quantized:
+    """One model for all INT8 targets, for ncnn in float32, and as ONNX Runtime's QDQ in ncnn's form of INT8; and what was told of it."""
+
+    bundles: dict[str, Bundle]
+    events: list[Event]
+
+
+@pytest.fixture(scope="module")
+def scenes() -> list[Scene]:
+    return [draw_scene(HELD_OUT_SEED, index) for index in range(6)]
 
 
 @pytest.fixture(scope="module")
@@ -286,9 +302,134 @@ def trained(tmp_path_factory: pytest.TempPathFactory, demo_pose_bundle: Path, de
     return places
 
 
-@pytest.fixture(scope="module")
-def scenes() -> list[Scene]:
-    return [draw_scene(HELD_OUT_SEED, index) for index in range(6)]
+@pytest.fixture(scope="module", params=["demo-pose", "demo-det"])
+def quantized(request: pytest.FixtureRequest, trained: dict[tuple[str, str], Path], tmp_path_factory: pytest.TempPathFactory) -> Quantized:
+    alike = msgspec.structs.replace(int8("onnxruntime-int8", activations="int8", quantize_results=False), target="alike", nms=NmsOptions(where="runtime"))
+    targets = INT8 if request.param == "demo-pose" else INT8[:1]
+    events: list[Event] = []
+    options = ConvertOptions(out=tmp_path_factory.mktemp("int8"), name=request.param, verify=False)
+    made = built(convert(DEMO_MODELS[request.param], [*map(int8, targets), alike], options, events.append))
+    return Quantized(bundles=made | {"ncnn": Bundle.open(trained[request.param, "ncnn"])}, events=events)
+
+
+def test_int8_of_ncnn_says_so_and_is_smaller(quantized: Quantized) -> None:
+    bundle = quantized.bundles["ncnn-int8"]
+    assert sorted(path.name for path in bundle.root.iterdir()) == sorted(["README.md", "calibration.json", *FILES["ncnn"], *JSON_FILES])
+    assert bundle.manifest is not None
+    assert (bundle.manifest.backend, bundle.manifest.precision, bundle.model.precision) == ("ncnn", "int8", "INT8")
+    assert {entry.path: entry.role for entry in bundle.manifest.files}["calibration.json"] == "calibration"
+    (model,) = json.loads(contents(bundle, "deploy.json"))["models"]
+    assert (model["backend"], model["precision"], model["batch_size"], model["dynamic_shape"]) == ("ncnn", "INT8", 1, False)
+    sizes = {target: len(contents(quantized.bundles[target], "end2end.bin")) for target in ("ncnn", "ncnn-int8")}
+    # All of the detector is convolutions, of which the last six stay; half of the pose estimator is its head.
+    assert sizes["ncnn-int8"] < (0.35 if bundle.manifest.task == "Detector" else 0.8) * sizes["ncnn"]
+    lines = [line.split() for line in contents(bundle, "end2end.param").decode().splitlines()[2:]]
+    convolutions = [line for line in lines if line[0].startswith("Convolution")]
+    kept = [line for line in convolutions if "8=1" not in line[4:]]
+    assert len(convolutions) > 30
+    assert len(kept) == (6 if bundle.manifest.task == "Detector" else 1)
+
+
+def test_all_int8_targets_have_one_calibration(quantized: Quantized) -> None:
+    assert [event.name for event in quantized.events if isinstance(event, StageStarted)].count("calibrate") == 1
+    found = [contents(bundle, "calibration.json") for target, bundle in quantized.bundles.items() if target != "ncnn"]
+    assert len(found) >= 2
+    assert len(set(found)) == 1
+    assert not (quantized.bundles["ncnn"].root / "calibration.json").exists()
+
+
+def test_int8_of_ncnn_computes_nearly_what_onnx_runtime_makes_of_the_same_ranges(quantized: Quantized) -> None:
+    """Levels fall to one side or the other where sums of float32 differ in their last bit: what is left of that is less than INT8 itself costs."""
+    manifest = quantized.bundles["ncnn"].manifest
+    inputs = list(network_inputs(read_architecture(read_checkpoint(DEMO_MODELS[manifest.model])), procedural_images()[:2]))
+    found: dict[str, list[np.ndarray]] = {}
+    for name in ("ncnn", "ncnn-int8", "alike"):
+        session = open_session(quantized.bundles[name], SessionOptions(threads=1))
+        runs = [session.run({manifest.inputs[0].name: x}) for x in inputs]
+        found[name] = [np.concatenate([run[spec.name] for run in runs]) for spec in manifest.outputs]
+        session.close()
+
+    def distance(ours: str, theirs: str) -> float:
+        """Root mean square, relative to theirs; of the output where it is largest."""
+        return max(float(np.sqrt(np.square(a - b).mean() / np.square(b).mean())) for a, b in zip(found[ours], found[theirs], strict=True))
+
+    assert 1e-3 < distance("ncnn-int8", "ncnn") < 0.2
+    assert distance("ncnn-int8", "alike") < distance("alike", "ncnn")
+    assert distance("ncnn-int8", "ncnn") < 1.3 * distance("alike", "ncnn")
+
+
+def test_int8_of_ncnn_finds_what_float32_finds(quantized: Quantized, scenes: list[Scene]) -> None:
+    ours, theirs = (quantized.bundles[name] for name in ("ncnn-int8", "ncnn"))
+    shifts = []
+    if ours.manifest.task == "PoseDetector":
+        with PoseDetector(ours, threads=1) as estimator, PoseDetector(theirs, threads=1) as reference:
+            for scene in scenes:
+                boxes = np.array([person.box_xyxy for person in scene.people], dtype=np.float32).reshape(-1, 4)
+                found, wanted = (one.estimate(scene.image, boxes) for one in (estimator, reference))
+                shifts.append(np.linalg.norm(found.keypoints_xy - wanted.keypoints_xy, axis=2)[wanted.scores > 0.3])
+        assert np.concatenate(shifts).mean() < 3
+        assert np.median(np.concatenate(shifts)) < 1.5
+        return
+    with Detector(ours, threads=1) as detector, Detector(theirs, threads=1) as reference:
+        for scene in scenes:
+            found, wanted = (one.detect(scene.image) for one in (detector, reference))
+            shifts += [np.abs(found.boxes_xyxy - box).max(axis=1).min() for box in wanted.boxes_xyxy[wanted.scores > 0.5]]
+    assert len(shifts) > 12
+    assert np.mean(shifts) < 4
+
+
+def test_another_method_is_another_calibration(pose: Path, tmp_path: Path) -> None:
+    """And one for each export; the type of the activations is no matter of the ranges."""
+    events: list[Event] = []
+    configs = [
+        int8("onnxruntime-int8"), msgspec.structs.replace(int8("openvino-int8", method="minmax"), target="ends"),
+        msgspec.structs.replace(int8("onnxruntime-int8", activations="int8"), target="signed"),
+        msgspec.structs.replace(int8("onnxruntime-int8"), target="plain", onnx=OnnxOptions(simplify=False)),
+    ]  # fmt: skip
+    bundles = built(convert(pose, configs, ConvertOptions(out=tmp_path, verify=False), events.append))
+    assert [event.name for event in events if isinstance(event, StageStarted)].count("calibrate") == 3
+    first, ends, signed, plain = (json.loads(contents(bundle, "calibration.json")) for bundle in bundles.values())
+    assert first == signed
+    assert (first["method"], ends["method"], plain["method"]) == ("percentile", "minmax", "percentile")
+    assert first["ranges"] != ends["ranges"]
+
+
+def test_unsigned_int8_is_refused_for_ncnn(pose: Path, tmp_path: Path) -> None:
+    (conversion,) = convert(pose, [int8("ncnn-int8", activations="uint8")], ConvertOptions(out=tmp_path))
+    assert isinstance(conversion.error, ConfigError)
+    assert str(conversion.error) == "ncnn-int8: int8.activations: expected int8 for ncnn, whose INT8 is signed, found uint8"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("backend", "needs"), [("onnxruntime", True), ("openvino", False), ("ncnn", False)])
+def test_onnx_runtime_is_needed_where_a_typed_graph_is(backend: str, needs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the backend, it is what types it."""
+    precisions = [config.precision for config in map(load_config, target_names()) if config.backend == backend]
+    assert "int8" in precisions
+    assert all(can_build(backend, precision) for precision in precisions)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    for precision in precisions:
+        assert can_build(backend, precision) == (not needs and precision != "int8"), precision
+    assert can_build(backend) == (not needs)
+    with pytest.raises(MissingBackendError, match=f"building for {backend} needs onnxruntime, not installed") as caught:
+        check_can_build(backend, "int8")
+    extras = {"onnxruntime": "onnxruntime", "openvino": "openvino,onnxruntime", "ncnn": "ncnn,pnnx,onnxruntime"}
+    assert caught.value.hint == f"pip install 'modelcrate[convert,{extras[backend]}]'"
+    with pytest.raises(ConfigError, match="backend: expected one of .*, found 'coreml'"):
+        can_build("coreml", "int8")
+
+
+# ------------------------------------------------------------------------------------------------------------------- agreement
+
+
+def assert_same_boxes(found: Detections, wanted: Detections) -> None:
+    """Every box but those at the threshold has its like on the other side: within 0.05 px and 0.001 of score."""
+    for ours, theirs in ((found, wanted), (wanted, found)):
+        for box, label, score in zip(ours.boxes_xyxy, ours.labels, ours.scores, strict=True):
+            if score < 0.052:
+                continue
+            alike = (theirs.labels == label) & (np.abs(theirs.boxes_xyxy - box).max(axis=1, initial=0) <= 0.05) & (np.abs(theirs.scores - score) <= 1e-3)
+            assert alike.any(), (box, label, score)
 
 
 THREADS = {"onnxruntime": 2, "openvino": 2, "ncnn": 1}

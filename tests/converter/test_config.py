@@ -34,7 +34,8 @@ def test_targets_are_the_files_at_the_top_of_the_repository() -> None:
 
 def test_the_onnxruntime_target_writes_the_defaults_out() -> None:
     """The file is where people look defaults up: it must not drift from the code."""
-    assert load_config("onnxruntime") == DeployConfig(target="onnxruntime", backend="onnxruntime", precision="fp32")
+    expected = DeployConfig(target="onnxruntime", backend="onnxruntime", precision="fp32", gates=Gates(ap_drop=0.05))
+    assert load_config("onnxruntime") == expected, "a gate for AP is what targets have and code alone does not"
 
 
 @pytest.mark.parametrize("typo", ["onnxruntim", "onxruntime", "ONNXRuntime", "onnx-runtime", "ort"])

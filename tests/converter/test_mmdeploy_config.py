@@ -223,6 +223,13 @@ def test_a_precision_that_is_no_target_is_refused(configs: Path) -> None:
         read_mmdeploy_config(path)
 
 
+def test_ncnns_int8_is_ours(configs: Path) -> None:
+    """MMDeploy's own ncnn-int8 configs say so; suppression stays with the host."""
+    path = written(configs / DETECTION, "_base_ = ['./detection_onnxruntime_dynamic.py']\nbackend_config = dict(type='ncnn', precision='INT8')\n")
+    config = read_mmdeploy_config(path)
+    assert (config.target, config.precision, config.nms.where, config.int8.activations) == ("ncnn-int8", "int8", "runtime", "int8")
+
+
 def test_tensorrts_workspace_and_shapes_are_read(tmp_path: Path) -> None:
     text = """
 onnx_config = dict(type="onnx", dynamic_axes={"input": {0: "batch"}})

@@ -32,7 +32,7 @@ from modelcrate_converter.own_model import read_own_model
 from modelcrate_converter.parity import network_inputs, procedural_images
 from modelcrate_converter.people import procedural_scenes
 from modelcrate_converter.progress import Event, Noted, StageStarted
-from modelcrate_converter.quantization import Calibration, calibrate, emit_int8, quantizable, sensitivities
+from modelcrate_converter.quantization import Calibration, calibrate, dequantized, emit_int8, quantizable, sensitivities
 from modelcrate_converter.simplify import simplify
 from modelcrate_runtime import Detector, PoseDetector
 from modelcrate_runtime.sessions import SessionOptions, open_artefact
@@ -488,6 +488,118 @@ def test_graphs_of_other_opsets_become_valid_ones(opset: int, tmp_path: Path) ->
     assert quantised.op_counts["QuantizeLinear"] == 10
     for backend in BACKENDS:
         assert 0 < distance(run(quantised, INPUTS, backend), run(model, INPUTS)) < 0.2
+
+
+# ------------------------------------------------------------------------------------------------------------------ taken apart
+
+
+SIGNED = [Int8Options(activations="int8", quantize_results=results) for results in (True, False)]
+
+
+def rounded(weights: Weights, path: Path) -> Weights:
+    """The weights of a chain as the quantised graph has them."""
+    read = read_back(path)
+    made = []
+    for i, (weight, bias) in enumerate(weights):
+        quantised = read[f"conv{i}"].weight
+        made.append((weight if quantised is None else (quantised[0] * quantised[1][:, None, None, None]).astype(np.float32), bias))
+    return made
+
+
+def is_float(model: OnnxModel) -> bool:
+    """Whether nothing of the quantisation is left: no operator, and no constant of another type."""
+    graph = onnx.load(model.path).graph
+    kinds = {tensor.data_type for tensor in graph.initializer}
+    return kinds == {TensorProto.FLOAT} and not any("quantize" in node.op_type.lower() for node in graph.node)
+
+
+@pytest.mark.parametrize("options", SIGNED, ids=kind_name)
+def test_a_graph_that_is_taken_apart_is_the_float_one_with_its_weights_rounded(
+    chain: OnnxModel, ranges: Calibration, options: Int8Options, tmp_path: Path
+) -> None:
+    quantised = emit_int8(chain, ranges, options, workdir=tmp_path)
+    apart, convolutions = dequantized(quantised, workdir=tmp_path)
+    onnx.checker.check_model(onnx.load(apart.path), full_check=True)
+    assert is_float(apart)
+    assert (apart.inputs, apart.outputs, apart.opset) == (chain.inputs, chain.outputs, chain.opset)
+    assert apart.op_counts == chain.op_counts
+    assert {entry.key: entry.value for entry in onnx.load(apart.path).metadata_props} == METADATA
+    weights = rounded(random_chain(), quantised.path)
+    assert distance(run(apart, INPUTS), run(saved(weights, tmp_path / "rounded.onnx"), INPUTS)) < 1e-6
+    assert 1e-4 < distance(run(apart, INPUTS), run(chain, INPUTS)) < 0.1
+    # What a backend needs to quantise it again: the same weights, and the same scales of what they read.
+    read = read_back(quantised.path)
+    assert len(convolutions) == 5
+    for i, convolution in enumerate(convolutions):
+        np.testing.assert_array_equal(convolution.weights, weights[i][0])
+        layer = read[f"conv{i}"].input
+        assert layer is not None
+        assert convolution.scale == float(layer[0])
+
+
+def test_a_family_is_taken_apart_too(networks: dict[str, OnnxModel], tmp_path: Path) -> None:
+    model = networks["detector"]
+    inputs = noise(2, hw=(64, 96))
+    quantised = emit_int8(model, found(model, inputs, tmp_path), SIGNED[1], workdir=tmp_path)
+    apart, convolutions = dequantized(quantised, workdir=tmp_path)
+    assert is_float(apart)
+    assert apart.op_counts == {kind: count for kind, count in model.op_counts.items() if kind != "Constant"}
+    assert len(convolutions) == len(quantizable(model))
+    assert 1e-4 < distance(run(apart, inputs), run(model, inputs)) < 0.1
+
+
+@pytest.mark.parametrize("options", SIGNED, ids=kind_name)
+def test_a_pair_before_an_output_leaves_the_output(options: Int8Options, tmp_path: Path) -> None:
+    """Its name stays, and so does what the next layer reads."""
+    weights = random_chain(3)
+    kernels = [numpy_helper.from_array(value, f"{name}{i}") for i, pair in enumerate(weights) for name, value in zip("wb", pair, strict=True)]
+    ends = [("input", "early"), ("early", "b"), ("b", "late")]
+    nodes = [helper.make_node("Conv", [into, f"w{i}", f"b{i}"], [out], name=f"conv{i}", pads=[1] * 4) for i, (into, out) in enumerate(ends)]
+    model = written(nodes, kernels, tmp_path / "early.onnx", outputs={"early": 8, "late": 4})
+    quantised = emit_int8(model, found(model, INPUTS, tmp_path), options, workdir=tmp_path)
+    assert "early" in {name for node in onnx.load(quantised.path).graph.node if node.op_type == "DequantizeLinear" for name in node.output}
+    apart, convolutions = dequantized(quantised, workdir=tmp_path)
+    onnx.checker.check_model(onnx.load(apart.path), full_check=True)
+    assert is_float(apart)
+    assert [value.name for value in onnx.load(apart.path).graph.output] == ["early", "late"]
+    ours, theirs = run(apart, INPUTS), run(model, INPUTS)
+    assert 0 < distance(ours, theirs) < 0.02
+    assert len(convolutions) == 2
+
+
+@pytest.mark.parametrize("options", SIGNED, ids=kind_name)
+def test_a_convolution_that_was_left_out_is_not_among_them(options: Int8Options, tmp_path: Path) -> None:
+    """Though what it reads is quantised, since another convolution reads it too; nor is a last one."""
+    kernels = [numpy_helper.from_array(np.random.default_rng(i).standard_normal((3, 3, 1, 1)).astype(np.float32), f"w{i}") for i in range(5)]
+    ends = [("input", "a"), ("a", "b"), ("a", "c"), ("b", "left"), ("c", "right")]
+    nodes = [helper.make_node("Conv", [into, f"w{i}"], [out], name=f"conv{i}") for i, (into, out) in enumerate(ends)]
+    model = written(nodes, kernels, tmp_path / "branches.onnx", outputs={"left": 3, "right": 3})
+    quantised = emit_int8(model, found(model, INPUTS, tmp_path), options, workdir=tmp_path, leave_out=["conv2"])
+    assert [name for name, layer in read_back(quantised.path).items() if layer.weight] == ["conv0", "conv1"]
+    apart, convolutions = dequantized(quantised, workdir=tmp_path)
+    assert len(convolutions) == 2
+    kept = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(apart.path).graph.initializer}
+    for i in (2, 3, 4):
+        np.testing.assert_array_equal(kept[f"w{i}"], numpy_helper.to_array(kernels[i]))
+        assert not any(np.array_equal(convolution.weights, kept[f"w{i}"]) for convolution in convolutions)
+
+
+def test_convolutions_that_share_their_weights_have_a_scale_each(tmp_path: Path) -> None:
+    weights = random_chain(4)
+    weights[2] = weights[1]
+    model = saved(weights, tmp_path / "shared.onnx")
+    proto = onnx.load(model.path)
+    for node in proto.graph.node:
+        if node.name == "conv2":
+            node.input[1] = "w1"
+    del proto.graph.initializer[4]
+    model = save_onnx(proto, model.path, inputs=model.inputs, outputs=model.outputs, metadata=METADATA)
+    quantised = emit_int8(model, found(model, INPUTS, tmp_path), SIGNED[1], workdir=tmp_path)
+    apart, convolutions = dequantized(quantised, workdir=tmp_path)
+    assert is_float(apart)
+    assert len(convolutions) == 3
+    np.testing.assert_array_equal(convolutions[1].weights, convolutions[2].weights)
+    assert convolutions[1].scale != convolutions[2].scale
 
 
 # --------------------------------------------------------------------------------------------------------------------- numbers
