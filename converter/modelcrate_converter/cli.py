@@ -103,6 +103,8 @@ def convert(
 
         if val_annotations is None and (val_images is not None or val_limit is not None):
             raise ConfigError("--val-images, --val-limit: expected --val-annotations beside them, found none", hint="--val-annotations COCO.json")
+        if val_annotations is not None and not verify:
+            raise ConfigError("--val-annotations: expected to compare with PyTorch, found --no-verify", hint="leave one of them out")
         given = _given_networks(checkpoints or [], model=model, weights=weights, spec=spec)
         options = ConvertOptions(
             calibration=tuple(file for path in calibration or [] for file in image_files(path)),

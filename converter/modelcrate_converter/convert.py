@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from modelcrate_bundle.bundle import Bundle, BundleWriter, sha256_of
-from modelcrate_bundle.errors import ConfigError, ModelcrateError, OutputError, ParityError
+from modelcrate_bundle.errors import ConfigError, InputError, ModelcrateError, OutputError, ParityError
 from modelcrate_bundle.manifest import AccuracyParity, Manifest, ParityRecord, Provenance, Stage, Timing
 from modelcrate_bundle.tensors import ShapeRange
 from modelcrate_converter.architecture import read_architecture
@@ -335,6 +335,10 @@ def _measured(subject: _Subject, artifact: BackendArtifact, config: DeployConfig
         subject.reference_accuracy = measure(subject.model.reference, open_reference(subject.model))
         for skipped in subject.reference_accuracy.skipped.values():
             clock.report(Noted(text=skipped, level="warning"))
+    if not subject.reference_accuracy.figures["AP"] > 0:
+        raise InputError(
+            f"{data.annotations}: expected objects that {subject.model.reference} finds, found an AP of 0: no drop can be seen", hint="give other data"
+        )
     reference, ours = subject.reference_accuracy, measure(config.target, open_unpacked(subject.model, artifact))
     return AccuracyParity(
         name=f"{ours.kind}_ap", data=data.annotations.name, images=ours.images,

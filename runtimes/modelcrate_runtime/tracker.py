@@ -265,10 +265,8 @@ class TrackerState:
         return self.params.track_max_missing < 0 or track.missing <= self.params.track_max_missing
 
     def _suppress_poses(self, candidates: _Candidates, keypoints: Floats, scores: Floats, boxes: Floats, free: NDArray[np.bool_]) -> None:
-        if len(self.params.keypoint_sigmas):
-            similar = oks(keypoints, boxes, np.array(self.params.keypoint_sigmas, dtype=np.float32))
-        else:
-            similar = iou(boxes, boxes)
+        sigmas = np.array(self.params.keypoint_sigmas, dtype=np.float32)
+        similar = oks(keypoints, boxes, sigmas) if len(sigmas) else iou(boxes, boxes)
         missing = {track.id: track.missing for track in self.tracks}
         ranks = [
             (float(owner != -1 and missing[owner] == 0), float(total))
@@ -298,9 +296,7 @@ class TrackerState:
 
     def _found(self, box: Floats, keypoints: Floats, scores: Floats) -> None:
         params, step = self.params, 30.0 / self.params.frame_rate
-        motion = MotionFilter(
-            box, keypoints, position=params.std_weight_position, velocity=params.std_weight_velocity, mode=self.mode, step=step
-        )
+        motion = MotionFilter(box, keypoints, position=params.std_weight_position, velocity=params.std_weight_velocity, mode=self.mode, step=step)
         smoother = Smoother(box, keypoints, params=params.smooth_params, mode=self.mode, step=step)
         track = _Track(
             id=self.next_id, motion=motion, smoother=smoother, scores=scores, box=box, keypoints=keypoints, expected_box=box, expected_keypoints=keypoints
@@ -404,9 +400,7 @@ class PoseTracker:
         """
         return _as_mmdeploy(self.track(state, frame, detect))
 
-    def batch(
-        self, states: Sequence[TrackerState], frames: Sequence[Image], detects: Sequence[int] = ()
-    ) -> list[tuple[Floats, Floats, NDArray[np.uint32]]]:
+    def batch(self, states: Sequence[TrackerState], frames: Sequence[Image], detects: Sequence[int] = ()) -> list[tuple[Floats, Floats, NDArray[np.uint32]]]:
         """`__call__` for one frame of each of several videos, in as few network calls as possible."""
         return [_as_mmdeploy(tracked) for tracked in self.track_batch(states, frames, detects)]
 
