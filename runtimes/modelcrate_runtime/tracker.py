@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from modelcrate_runtime.geometry import Geometry
 
     Image = NDArray[np.uint8]
-    Floats = NDArray[np.float32]
+    Floats = NDArray[Any]  # of float32, which arithmetic loses in NumPy's stubs
 
 _NO_MATCH: Final = np.float32(-1000)
 _VISIBLE, _DETECTED, _MISSING = 2, 1, 0
@@ -52,7 +52,7 @@ class TrackerParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fi
         pose_bbox_scale: how much larger than its keypoints a track's box is.
         pose_min_bbox_size: a track's box is used if its size is greater.
         pose_nms_thr: poses that are as much alike are one.
-        keypoint_sigmas: (K,) OKS constants to compare poses by; empty compares their boxes.
+        keypoint_sigmas: (K,) OKS constants to compare poses by; empty compares their boxes in mode "sdk", and takes the bundle's own in "fixed".
         track_iou_thr: boxes whose IoU reaches it may be one track.
         track_max_missing: frames that a track is kept without being seen.
         track_history_size: kept for MMDeploy's sake; it changes nothing there either.
@@ -188,14 +188,14 @@ class TrackerState:
                 boxes.append(box)
                 owners.append(-1)
                 kinds.append(_DETECTED)
-        least = np.float32(params.pose_min_bbox_size) ** 2
+        smallest = float(params.pose_min_bbox_size) ** 2
         size = np.array([*self.size_wh, *self.size_wh], dtype=np.float32)
         for track in self.tracks:
             box_of = track.expected_box if track.missing else self._keypoint_box(track.expected_keypoints, track.scores)
             if box_of is None:
                 continue
             inside = np.clip(box_of, np.float32(0), size)
-            if min(inside[2] - inside[0], inside[3] - inside[1]) > 0 and areas(box_of[None])[0] > least:
+            if min(inside[2] - inside[0], inside[3] - inside[1]) > 0 and areas(box_of[None])[0] > smallest:
                 boxes.append(box_of)
                 owners.append(track.id)
                 kinds.append(_MISSING if track.missing else _VISIBLE)
@@ -246,10 +246,10 @@ class TrackerState:
             track.smoother.restart(pose_boxes[i], keypoints[i])
             track.add(pose_boxes[i], keypoints[i], scores[i])
             track.missing = 0
-        for i in np.flatnonzero(free):
+        for i in np.flatnonzero(free).tolist():
             if candidates.owners[i] == -1:
                 self._found(pose_boxes[i], keypoints[i], scores[i])
-        for j in np.flatnonzero(unused[:before]):
+        for j in np.flatnonzero(unused[:before]).tolist():
             track = self.tracks[j]
             track.missing += 1
             if self._is_kept(track):
@@ -385,6 +385,9 @@ class PoseTracker:
         sigmas, count = len(chosen.keypoint_sigmas), self.estimator.keypoint_count
         if sigmas and count and sigmas != count:
             raise ConfigError(f"keypoint_sigmas: expected {count}, one for each keypoint, found {sigmas}")
+        manifest = self.estimator.bundle.manifest
+        if self.mode == "fixed" and not sigmas and manifest is not None and manifest.keypoints is not None:
+            chosen = msgspec.structs.replace(chosen, keypoint_sigmas=tuple(manifest.keypoints.sigmas))
         return TrackerState(params=chosen, mode=self.mode)
 
     def __call__(self, state: TrackerState, frame: Image, detect: int = -1) -> tuple[Floats, Floats, NDArray[np.uint32]]:

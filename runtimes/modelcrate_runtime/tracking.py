@@ -6,7 +6,8 @@
 - it keeps old covariances between position and velocity when it starts a keypoint again, which opens the gate wider with every frame; here they are cleared;
 - when a lost track is found again it puts the box into the smoother's velocities; here into its positions;
 - it takes signed speeds of width and height for their size, which smooths what shrinks more than what grows; here their magnitudes;
-- its time step is one frame, whatever the frame rate; here it is in units of 1/30 s.
+- its time step is one frame, whatever the frame rate; here it is in units of 1/30 s;
+- its smoother forgets the velocity that it has, and is always behind what moves; here it starts from where that velocity leads.
 
 Source: mmdeploy-sdk-spec, section 4; the One-Euro filter is Casiez, Roussel and Vogel, CHI 2012.
 """
@@ -14,7 +15,7 @@ Source: mmdeploy-sdk-spec, section 4; the One-Euro filter is Casiez, Roussel and
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 import cv2
 import numpy as np
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    Floats = NDArray[np.float32]
+    Floats = NDArray[Any]  # of float32, which arithmetic loses in NumPy's stubs
     Mask = NDArray[np.bool_]
 
 Mode: TypeAlias = Literal["sdk", "fixed"]
@@ -48,7 +49,8 @@ def iou(a: Floats, b: Floats) -> Floats:
     sides = np.maximum(high - low, _F(0))
     shared: Floats = sides[..., 0] * sides[..., 1]
     union = areas(a)[:, None] + areas(b)[None] - shared
-    return np.divide(shared, union, out=np.zeros_like(shared), where=union != 0)
+    ratio: Floats = np.divide(shared, union, out=np.zeros_like(shared), where=union != 0)
+    return ratio
 
 
 def oks(keypoints: Floats, boxes: Floats, sigmas: Floats) -> Floats:
@@ -131,11 +133,12 @@ class _Covariance:
 
     @classmethod
     def start(cls, count: int, position: np.float32, velocity: np.float32) -> _Covariance:
-        full = np.ones(count, dtype=np.float32)
+        full: Floats = np.ones(count, dtype=np.float32)
         return cls(position=full * position, shared=full * _F(0), velocity=full * velocity)
 
     def predict(self, step: np.float32, noise_position: np.float32, noise_velocity: np.float32) -> None:
-        self.position = self.position + step * (_F(2) * self.shared + step * self.velocity) + noise_position
+        moved: Floats = step * (_F(2) * self.shared + step * self.velocity)
+        self.position = self.position + moved + noise_position
         self.shared = self.shared + step * self.velocity
         self.velocity = self.velocity + noise_velocity
 
@@ -246,7 +249,8 @@ class MotionFilter:
         """(K,) squared Mahalanobis distances of measured keypoints from the expected ones."""
         spread = self._covariance.position + (self._position * self._size()) ** 2
         squared: Floats = ((keypoints - self._points) ** 2).sum(axis=1)
-        return np.divide(squared, spread, out=np.zeros_like(squared), where=spread != 0)
+        ratio: Floats = np.divide(squared, spread, out=np.zeros_like(squared), where=spread != 0)
+        return ratio
 
     def correct(self, box: Floats, keypoints: Floats) -> tuple[Floats, Floats]:
         """Take a measurement in; returns the filtered (4,) box, and the (K, 2) keypoints: measured ones in `sdk`, filtered ones in `fixed`."""
@@ -272,18 +276,36 @@ class _Euro:
     x: Floats
     v: Floats
 
-    def step(self, x: Floats, *, beta: np.float32, least: np.float32, of_velocity: np.float32, dt: np.float32, signed: bool) -> Floats:
-        keep = _alpha(of_velocity, dt)
+    def step(self, x: Floats, cutoffs: _Cutoffs, *, mode: Mode, signed: bool) -> Floats:
+        """One frame; `signed` takes a speed that is one number with its sign."""
+        dt = cutoffs.dt
+        start = self.x if mode == "sdk" else self.x + self.v * dt
+        keep = _share(cutoffs.of_velocity, dt)
         self.v = (_F(1) - keep) * self.v + keep * ((x - self.x) / dt)
         speed = self.v[:, 0] if signed else np.sqrt((self.v**2).sum(axis=1))
-        take = _alpha(least + beta * speed, dt)[:, None]
-        self.x = (_F(1) - take) * self.x + take * x
+        take = _shares(cutoffs.least + cutoffs.beta * speed, dt)[:, None]
+        self.x = (_F(1) - take) * start + take * x
         return self.x
 
 
-def _alpha(cutoff: np.float32 | Floats, dt: np.float32) -> np.float32 | Floats:
+@dataclass(frozen=True, slots=True)
+class _Cutoffs:
+    """How a One-Euro filter's cutoff grows with the speed, its least one, that of the velocity, and the time step."""
+
+    beta: np.float32
+    least: np.float32
+    of_velocity: np.float32
+    dt: np.float32
+
+
+def _share(cutoff: np.float32, dt: np.float32) -> np.float32:
     angle = _F(2) * _PI * cutoff * dt
-    return angle / (angle + _F(1))
+    return np.float32(angle / (angle + _F(1)))
+
+
+def _shares(cutoffs: Floats, dt: np.float32) -> Floats:
+    angles: Floats = _F(2) * _PI * cutoffs * dt
+    return angles / (angles + _F(1))
 
 
 class Smoother:
@@ -298,9 +320,9 @@ class Smoother:
     """
 
     def __init__(self, box: Floats, keypoints: Floats, *, params: Sequence[float], mode: Mode, step: float = 1.0) -> None:
-        self._beta, self._least, self._of_velocity = (_F(value) for value in params)
-        self._mode = mode
-        self._dt = _F(1 if mode == "sdk" else step)
+        beta, least, of_velocity = (_F(value) for value in params)
+        self._cutoffs = _Cutoffs(beta, least, of_velocity, _F(1 if mode == "sdk" else step))
+        self._mode: Mode = mode
         state = box_as_state(box)
         self._points = _Euro(keypoints.astype(np.float32), np.zeros_like(keypoints, dtype=np.float32))
         self._middle = _Euro(state[None, :2], np.zeros((1, 2), dtype=np.float32))
@@ -319,8 +341,7 @@ class Smoother:
     def step(self, box: Floats, keypoints: Floats) -> tuple[Floats, Floats]:
         """Smooth one frame's (4,) box and (K, 2) keypoints."""
         state = box_as_state(box)
-        common = {"beta": self._beta, "least": self._least, "of_velocity": self._of_velocity, "dt": self._dt}
-        points = self._points.step(keypoints, **common, signed=False)
-        middle = self._middle.step(state[None, :2], **common, signed=False)
-        sides = self._sides.step(state[2:, None], **common, signed=self._mode == "sdk")
+        points = self._points.step(keypoints, self._cutoffs, mode=self._mode, signed=False)
+        middle = self._middle.step(state[None, :2], self._cutoffs, mode=self._mode, signed=False)
+        sides = self._sides.step(state[2:, None], self._cutoffs, mode=self._mode, signed=self._mode == "sdk")
         return state_as_box(np.concatenate([middle[0], sides[:, 0]])), points.copy()
