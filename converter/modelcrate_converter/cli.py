@@ -12,6 +12,7 @@ import typer
 from modelcrate_bundle.errors import ConfigError, MissingBackendError, ModelcrateError
 from modelcrate_bundle.schema import write_record
 from modelcrate_converter.console import Progress, print_conversion, print_failure, print_parity, print_summary
+from modelcrate_runtime import track_cli  # noqa: F401  # its command
 from modelcrate_runtime.cli import JSON_OPTION, app, backend_rows, consoles, exit_on_error, print_backends, raise_if_interrupted
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 
 from modelcrate_runtime.preprocess import check_image
+from modelcrate_runtime.results import Poses
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from modelcrate_bundle.manifest import KeypointInfo
-    from modelcrate_runtime.results import Classification, Detections, Poses
+    from modelcrate_runtime.results import Classification, Detections
+    from modelcrate_runtime.tracker import TrackedPoses
 
 
 def draw_detections(image: NDArray[np.uint8], detections: Detections, *, class_names: Sequence[str] = (), score_thr: float = 0.3) -> NDArray[np.uint8]:
@@ -91,6 +93,32 @@ def draw_poses(image: NDArray[np.uint8], poses: Poses, *, keypoints: KeypointInf
             if score >= score_thr:
                 cv2.circle(canvas, spot, unit + 1, rgb[::-1], -1, cv2.LINE_AA)
                 cv2.circle(canvas, spot, unit + 1, (255, 255, 255), 1, cv2.LINE_AA)
+    return canvas
+
+
+def draw_tracks(
+    image: NDArray[np.uint8], tracked: TrackedPoses, *, keypoints: KeypointInfo, score_thr: float = 0.5, with_boxes: bool = True
+) -> NDArray[np.uint8]:
+    """Draw skeletons, and around them boxes with the tracks' numbers, each track in a colour of its own.
+
+    Args:
+        image: (H, W, 3) BGR uint8; it is not changed.
+        tracked: in pixels of this image.
+        keypoints: links and colours.
+        score_thr: keypoints below it, and links to them, are not drawn.
+        with_boxes: whether boxes and numbers are drawn.
+
+    Returns:
+        (H, W, 3) BGR uint8.
+    """
+    canvas = draw_poses(image, Poses(keypoints_xy=tracked.keypoints_xy, scores=tracked.scores), keypoints=keypoints, score_thr=score_thr)
+    if with_boxes:
+        unit = max(1, _unit(canvas) // 2)
+        for box, track in zip(tracked.boxes_xyxy, tracked.track_ids.tolist(), strict=True):
+            color = _label_color(track)
+            left, top, right, bottom = (round(float(v)) for v in box)
+            cv2.rectangle(canvas, (left, top), (right, bottom), color, unit, cv2.LINE_AA)
+            _caption(canvas, str(track), (left, top), color)
     return canvas
 
 

@@ -9,6 +9,7 @@ from typing import Final, TypeAlias
 
 import msgspec
 
+from modelcrate_bundle.errors import ConfigError
 from modelcrate_bundle.manifest import KeypointInfo
 
 _Rgb: TypeAlias = tuple[int, int, int]
@@ -57,3 +58,37 @@ def published_keypoints(data_set: str) -> KeypointInfo:
 def _published() -> dict[str, KeypointInfo]:
     """`keypoint_sets.json`: MMPose's `configs/_base_/datasets`, names, links, swaps, sigmas and colours as they stand there."""
     return msgspec.json.decode((Path(__file__).parent / "keypoint_sets.json").read_bytes(), type=dict[str, KeypointInfo])
+
+
+_ALIASES: Final[Mapping[str, str]] = {"coco-wholebody-hand": "hand", "coco_wholebody": "coco-wholebody", "coco_wholebody_hand": "hand"}
+"""MMDeploy's names of sets -> ours."""
+
+
+def read_skeleton(text: str) -> KeypointInfo:
+    """What `--skeleton` names: one of `DATA_SETS`, MMDeploy's names of them, or a text file in MMDeploy's form.
+
+    Such a file has numbers alone: how many links, and two indices for each; how many colours, and blue, green and red of each; how many colours of links,
+    and an index for each; the same of keypoints.
+
+    Raises:
+        ConfigError: no such name, and no such file.
+    """
+    name = _ALIASES.get(text, text)
+    if name in DATA_SETS:
+        return published_keypoints(name)
+    path = Path(text)
+    if not path.is_file():
+        raise ConfigError(f"--skeleton: expected one of {', '.join(DATA_SETS)} or a file, found {text!r}", hint="leave it out: bundles know their own")
+    try:
+        numbers = iter([int(word) for word in path.read_text(encoding="utf-8").split()])
+        rows = [[tuple(next(numbers) for _ in range(width)) for _ in range(next(numbers))] for width in (2, 3, 1, 1)]
+        links, palette, of_links, of_points = rows
+        rgb = [color[::-1] for color in palette]
+        return KeypointInfo(
+            names=[f"keypoint_{i}" for i in range(len(of_points))],
+            skeleton=[(a, b) for a, b in links],
+            colors=[rgb[i] for (i,) in of_points],  # type: ignore[misc]  # of three numbers each
+            link_colors=[rgb[i] for (i,) in of_links],  # type: ignore[misc]
+        )
+    except (ValueError, IndexError, StopIteration, RuntimeError, OSError) as error:
+        raise ConfigError(f"{path}: expected a skeleton file of MMDeploy, found: {str(error) or 'too few numbers'}", hint="--skeleton coco") from error

@@ -6,6 +6,7 @@ A detector runs every so many frames; between them the last keypoints say where 
 from __future__ import annotations
 
 import difflib
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Final, Self
@@ -328,6 +329,7 @@ class PoseTracker:
         detector: finds them.
         estimator: finds their keypoints.
         mode: "fixed", or "sdk" for the SDK's results, frame for frame.
+        seconds: detect, pose and track -> time spent in it so far.
     """
 
     State = TrackerState
@@ -364,6 +366,7 @@ class PoseTracker:
         if mode not in {"sdk", "fixed"}:
             raise ConfigError(f"mode: expected 'fixed' or 'sdk', found {mode!r}")
         self.mode: Mode = mode
+        self.seconds: dict[str, float] = dict.fromkeys(("detect", "pose", "track"), 0.0)
         geometry: Geometry | None = "sdk" if mode == "sdk" else None
         self.detector = Detector(det_model, device_name, device_id, geometry=geometry, threads=threads, verify=verify, warmup=warmup)
         try:
@@ -432,12 +435,20 @@ class PoseTracker:
         if len({id(state) for state in states}) != len(states):
             raise InputError("expected different videos, found one of them twice", hint="their frames come one after another")
         chosen = [i for i, state in enumerate(states) if state.wants_detection(wanted[i])]
+        times = [time.perf_counter()]
         found: dict[int, Detections] = dict(zip(chosen, self.detector.detect_batch([frames[i] for i in chosen]), strict=True)) if chosen else {}
+        times.append(time.perf_counter())
         candidates = [state.candidates((frame.shape[1], frame.shape[0]), found.get(i)) for i, (state, frame) in enumerate(zip(states, frames, strict=True))]
         boxes = [self._rectangles(of_frame.boxes) for of_frame in candidates]
+        times.append(time.perf_counter())
         busy = [i for i, of_frame in enumerate(boxes) if len(of_frame)]
         poses = dict(zip(busy, self.estimator.estimate_batch([frames[i] for i in busy], [boxes[i] for i in busy]), strict=True)) if busy else {}
-        return [state.update(candidates[i], poses[i] if i in poses else self._none()) for i, state in enumerate(states)]
+        times.append(time.perf_counter())
+        results = [state.update(candidates[i], poses[i] if i in poses else self._none()) for i, state in enumerate(states)]
+        times.append(time.perf_counter())
+        for stage, seconds in zip(("detect", "track", "pose", "track"), np.diff(times).tolist(), strict=True):
+            self.seconds[stage] += seconds
+        return results
 
     def _rectangles(self, boxes: Floats) -> Floats:
         """What the pose estimator gets: the SDK's tracker rounds to whole pixels, and its estimator takes a box to be one pixel larger."""

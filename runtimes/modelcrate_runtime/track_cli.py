@@ -1,0 +1,218 @@
+"""`modelcrate track`: MMDeploy's `pose_tracker` program, with its options under their own names, and what it lacks."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from modelcrate_bundle.errors import ConfigError
+from modelcrate_runtime.cli import JSON_OPTION, app, consoles, exit_on_error, raise_if_interrupted
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from modelcrate_bundle.manifest import KeypointInfo
+    from modelcrate_runtime.tracker import PoseTracker, TrackedPoses
+    from modelcrate_runtime.video import Progress
+
+    Image = NDArray[np.uint8]
+
+
+def _both(name: str, text: str, **more: Any) -> Any:
+    """An option in kebab case and, as MMDeploy has it, in snake case."""
+    return typer.Option(f"--{name.replace('_', '-')}", *([f"--{name}"] if "_" in name else []), help=text, **more)
+
+
+@app.command()
+def track(
+    source: Annotated[
+        str, typer.Argument(help="A video, a URL, a folder or pattern of pictures, the number of a camera, or - for raw frames.", metavar="INPUT")
+    ],
+    det: Annotated[Path, typer.Option(help="Bundle of the detector.")],
+    pose: Annotated[Path, typer.Option(help="Bundle of the pose estimator.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="A video, pictures like out_%04d.jpg, or a folder. Default: nothing is drawn.")] = None,
+    save_json: Annotated[Path | None, _both("save_json", "Write the tracks, one line for each frame, as they are found.")] = None,
+    mode: Annotated[Literal["fixed", "sdk"], typer.Option(help="sdk: as MMDeploy's SDK tracks, frame for frame, faults included.")] = "fixed",
+    device: Annotated[str, typer.Option(help="cpu or cuda; default: cuda for TensorRT, cpu for all others.")] = "",
+    device_id: Annotated[int, _both("device_id", "Which of them.", min=0)] = 0,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads inside one operator; default: one per usable core.")] = None,
+    output_size: Annotated[int, _both("output_size", "Long edge of what is drawn, in pixels; 0 keeps the frames'.", min=0)] = 0,
+    flip: Annotated[int, typer.Option(min=0, max=1, help="1 mirrors the frames first.")] = 0,
+    show: Annotated[int, typer.Option(help="Show the frames in a window and wait so many milliseconds after each; -1 shows none.")] = -1,
+    skeleton: Annotated[str | None, typer.Option(help="Links and colours: a set's name, or a file of MMDeploy's form. Default: the bundle's own.")] = None,
+    background: Annotated[Literal["default", "black"], typer.Option(help="What is drawn on.")] = "default",
+    boxes: Annotated[bool, typer.Option(help="Draw boxes and the tracks' numbers.")] = True,
+    frame_rate: Annotated[float | None, _both("frame_rate", "Frames per second. Default: the video's own, else 30.", min=0.1)] = None,
+    input_size: Annotated[str | None, _both("input_size", "Size of raw frames on standard input.", metavar="WIDTHxHEIGHT")] = None,
+    stall: Annotated[float, typer.Option(min=0.1, help="Seconds that a camera or stream may give no frame.")] = 10.0,
+    det_interval: Annotated[int, _both("det_interval", "Run the detector in every so many-th frame.")] = 1,
+    det_label: Annotated[int, _both("det_label", "The class that is tracked.")] = 0,
+    det_thr: Annotated[float, _both("det_thr", "What a detection has to score more than.")] = 0.5,
+    det_min_bbox_size: Annotated[float, _both("det_min_bbox_size", "Least size of a detection: the square root of its area in pixels.")] = -1,
+    det_nms_thr: Annotated[float, _both("det_nms_thr", "Boxes whose IoU reaches it are one.")] = 0.7,
+    pose_max_num_bboxes: Annotated[int, _both("pose_max_num_bboxes", "Most poses in a frame; negative for any number.")] = -1,
+    pose_kpt_thr: Annotated[float, _both("pose_kpt_thr", "What a keypoint has to score to count and to be drawn.")] = 0.5,
+    pose_min_keypoints: Annotated[int, _both("pose_min_keypoints", "How many keypoints have to count; negative for half of them.")] = -1,
+    pose_bbox_scale: Annotated[float, _both("pose_bbox_scale", "How much larger than its keypoints a track's box is.")] = 1.25,
+    pose_min_bbox_size: Annotated[float, _both("pose_min_bbox_size", "A track's box is used if its size is greater.")] = -1,
+    pose_nms_thr: Annotated[float, _both("pose_nms_thr", "Poses that are as much alike are one.")] = 0.5,
+    track_iou_thr: Annotated[float, _both("track_iou_thr", "Boxes whose IoU reaches it may be one track.")] = 0.4,
+    track_max_missing: Annotated[int, _both("track_max_missing", "Frames that a track is kept without being seen.")] = 10,
+    as_json: Annotated[bool, JSON_OPTION] = False,
+) -> None:
+    """Track the people in a video: keypoints and identities, drawn or as JSON."""
+    with exit_on_error():
+        from modelcrate_runtime.draw import draw_tracks
+        from modelcrate_runtime.skeletons import keypoint_info, read_skeleton
+        from modelcrate_runtime.tracker import PoseTracker
+        from modelcrate_runtime.video import JsonLines, fitted, open_sink, open_source, track_video
+
+        own_skeleton = read_skeleton(skeleton) if skeleton is not None else None
+        frames = open_source(source, frame_rate=frame_rate, size_wh=_size(input_size) if input_size else None)
+        window = _window(show) if show >= 0 else None
+        with PoseTracker(det, pose, device, device_id, mode=mode, threads=threads) as tracker:
+            keypoints = _matching(own_skeleton, tracker) or keypoint_info(tracker.estimator.keypoint_count)
+            state = tracker.create_state(
+                det_interval=det_interval, det_label=det_label, det_thr=det_thr, det_min_bbox_size=det_min_bbox_size, det_nms_thr=det_nms_thr,
+                pose_max_num_bboxes=pose_max_num_bboxes, pose_kpt_thr=pose_kpt_thr, pose_min_keypoints=pose_min_keypoints, pose_bbox_scale=pose_bbox_scale,
+                pose_min_bbox_size=pose_min_bbox_size, pose_nms_thr=pose_nms_thr, track_iou_thr=track_iou_thr, track_max_missing=track_max_missing,
+                frame_rate=frames.frame_rate,
+            )  # fmt: skip
+
+            def draw(image: Image, tracked: TrackedPoses) -> Image:
+                canvas = image if background == "default" else image * 0
+                picture = draw_tracks(canvas, tracked, keypoints=keypoints, score_thr=pose_kpt_thr, with_boxes=boxes)
+                if not output_size:
+                    return picture
+                scale = output_size / max(picture.shape[:2])
+                return fitted(picture, (round(picture.shape[1] * scale), round(picture.shape[0] * scale)))
+
+            sink = open_sink(output, frame_rate=frames.frame_rate) if output is not None else None
+            lines = JsonLines(save_json) if save_json is not None else None
+            try:
+                with _bar(frames.count) as report:
+                    done = track_video(
+                        tracker,
+                        state,
+                        frames,
+                        prepare=_mirrored if flip else None,
+                        draw=draw,
+                        sink=sink,
+                        lines=lines,
+                        show=window,
+                        report=report,
+                        stall_s=stall,
+                    )
+            finally:
+                if lines is not None:
+                    lines.close()
+        for problem in frames.problems:
+            consoles()[1].print(problem, style="yellow", soft_wrap=True)
+        _print(done, as_json=as_json)
+        for path in (output, save_json):
+            if path is not None:
+                consoles()[1].print(f"wrote {path}", style="dim", soft_wrap=True)
+
+
+def _matching(chosen: KeypointInfo | None, tracker: PoseTracker) -> KeypointInfo | None:
+    """The skeleton that was asked for, if it has as many keypoints as the network; else the bundle's own, if it has one."""
+    manifest = tracker.estimator.bundle.manifest
+    if chosen is None:
+        return manifest.keypoints if manifest is not None else None
+    if len(chosen.names) != tracker.estimator.keypoint_count:
+        raise ConfigError(
+            f"--skeleton: expected {tracker.estimator.keypoint_count} keypoints, as the network has, found {len(chosen.names)}", hint="leave it out"
+        )
+    return chosen
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise ConfigError(f"--input-size: expected WIDTHxHEIGHT like 640x480, found {text!r}")
+    return int(width), int(height)
+
+
+def _mirrored(image: Image) -> Image:
+    import numpy as np
+
+    return np.ascontiguousarray(image[:, ::-1])
+
+
+def _window(delay_ms: int) -> Callable[[Image], bool]:
+    """What shows a frame; Escape or q ends the run."""
+    import cv2
+
+    try:
+        cv2.namedWindow("modelcrate", cv2.WINDOW_NORMAL)
+    except cv2.error as error:
+        raise ConfigError(
+            "--show: expected an OpenCV with windows and a display, found none", hint="pip install opencv-python, or leave --show out and use --output"
+        ) from error
+
+    def show(image: Image) -> bool:
+        cv2.imshow("modelcrate", image)
+        return cv2.waitKey(max(delay_ms, 1)) & 0xFF not in {27, ord("q")}
+
+    return show
+
+
+class _bar:  # noqa: N801  # a context manager that reads like a function
+    """A bar with frames per second on a terminal; a line every ten seconds elsewhere."""
+
+    def __init__(self, total: int | None) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bars
+
+        self._console = consoles()[1]
+        columns = (SpinnerColumn(), TextColumn("frames"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"), TimeRemainingColumn())
+        self._bars = Bars(*columns, console=self._console, transient=True) if self._console.is_terminal else None
+        self._total = total
+        self._told = time.monotonic()
+
+    def __enter__(self) -> Callable[[Progress], None]:
+        if self._bars is not None:
+            self._bars.start()
+            self._task = self._bars.add_task("frames", total=self._total, speed="")
+        return self._show
+
+    def _show(self, done: Progress) -> None:
+        raise_if_interrupted()
+        speed = f"{done.per_second:.1f} FPS, {done.ids} tracks"
+        if self._bars is not None:
+            self._bars.update(self._task, completed=done.frames, speed=speed)
+        elif time.monotonic() - self._told > 10:
+            self._told = time.monotonic()
+            of = f" of {self._total}" if self._total else ""
+            self._console.print(f"  frame {done.frames}{of}: {speed}")
+
+    def __exit__(self, *_: object) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+
+def _print(done: Progress, *, as_json: bool) -> None:
+    """What was tracked, and where the time went."""
+    if as_json:
+        import json
+        from dataclasses import asdict
+
+        sys.stdout.write(json.dumps(asdict(done) | {"per_second": done.per_second}, indent=1) + "\n")
+        return
+    from rich.table import Table
+
+    out = consoles()[0]
+    out.print(f"{done.frames} frames, {done.ids} tracks, {done.targets / max(done.frames, 1):.1f} in a frame, {done.per_second:.1f} frames per second")
+    table = Table("stage", "ms in a frame")
+    table.columns[1].justify = "right"
+    for stage, seconds in done.stages.items():
+        table.add_row(stage, f"{1e3 * seconds / max(done.frames, 1):.2f}")
+    table.add_row("all, overlapped", f"{1e3 * done.seconds / max(done.frames, 1):.2f}", style="bold")
+    out.print(table)
