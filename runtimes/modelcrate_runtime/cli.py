@@ -107,16 +107,22 @@ def run(
             help="One or two bundles (detector, pose estimator, or both for top-down), then images or folders of images.", metavar="BUNDLE... IMAGE..."
         ),
     ],
-    save: Annotated[Path | None, typer.Option(help="Draw the results: a picture for one image, a folder for several. Raw tensors: .npz files.")] = None,
+    save: Annotated[
+        Path | None, typer.Option("--save", "--output", help="Draw the results: a picture for one image, a folder for several. Raw tensors: .npz files.")
+    ] = None,
     box: Annotated[
         list[str] | None,
         typer.Option(
             help="A box for the pose estimator or a network of crops: left,top,right,bottom in pixels. May be repeated. Without one: the whole image."
         ),
     ] = None,
-    det_thr: Annotated[float, typer.Option(min=0, max=1, help="Least score of a detection.")] = 0.3,
-    det_label: Annotated[int, typer.Option(min=0, help="Top-down: class of the detections that get a pose.")] = 0,
-    kpt_thr: Annotated[float, typer.Option(help="Least score of a keypoint that is drawn.")] = 0.3,
+    det_thr: Annotated[float, typer.Option("--det-thr", "--det_thr", min=0, max=1, help="Least score of a detection.")] = 0.3,
+    det_label: Annotated[int, typer.Option("--det-label", "--det_label", min=0, help="Top-down: class of the detections that get a pose.")] = 0,
+    det_min_bbox_size: Annotated[
+        float, typer.Option("--det-min-bbox-size", "--det_min_bbox_size", help="Least size of a detection: the square root of its area in pixels.")
+    ] = -1.0,
+    kpt_thr: Annotated[float, typer.Option("--kpt-thr", "--pose-thr", "--pose_thr", help="Least score of a keypoint that is drawn.")] = 0.3,
+    skeleton: Annotated[str | None, typer.Option(help="Links and colours: a set's name, or a file of MMDeploy's form. Default: the bundle's own.")] = None,
     geometry: Annotated[Literal["exact", "sdk"] | None, typer.Option(help="Crop and box convention; default: the bundle's own.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda; default: cuda for TensorRT, cpu for all others.")] = "",
     device_id: Annotated[int, typer.Option(min=0, help="Which of them.")] = 0,
@@ -127,6 +133,7 @@ def run(
     """Run bundles on images; print a table or COCO-style JSON, draw pictures."""
     with exit_on_error():
         from modelcrate_runtime.images import IMAGE_SUFFIXES, image_files, write_image
+        from modelcrate_runtime.skeletons import read_skeleton
         from modelcrate_runtime.tasks import Network
         from modelcrate_runtime.top_down import Runner
 
@@ -148,6 +155,9 @@ def run(
         with Runner.open(
             bundles, geometry=geometry, device=device, device_id=device_id, threads=threads, cuda_binding=cuda_binding, det_thr=det_thr, det_label=det_label
         ) as runner:
+            runner.det_min_bbox_size = det_min_bbox_size
+            if skeleton is not None:
+                runner.choose_skeleton(read_skeleton(skeleton))
             for index, image in _images(files, unusable):
                 instances = runner.run(image, boxes)
                 if as_json:

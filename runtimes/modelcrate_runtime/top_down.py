@@ -77,6 +77,8 @@ class Runner:
     classifier: Classifier | None
     det_thr: float
     det_label: int
+    det_min_bbox_size: float = -1.0
+    skeleton: KeypointInfo | None = None
 
     @classmethod
     def open(
@@ -126,10 +128,23 @@ class Runner:
 
     @property
     def keypoints(self) -> KeypointInfo:
-        """What the keypoints are: from the manifest, else from their number."""
+        """What the keypoints are: what was chosen, else from the manifest, else from their number."""
         assert self.estimator is not None
+        if self.skeleton is not None:
+            return self.skeleton
         manifest = self.estimator.bundle.manifest
         return manifest.keypoints if manifest and manifest.keypoints else keypoint_info(self.estimator.keypoint_count)
+
+    def choose_skeleton(self, skeleton: KeypointInfo) -> None:
+        """Draw and name the keypoints otherwise than the bundle does.
+
+        Raises:
+            ConfigError: another number of keypoints than the network's, or no pose estimator.
+        """
+        found = self.estimator.keypoint_count if self.estimator is not None else 0
+        if len(skeleton.names) != found:
+            raise ConfigError(f"--skeleton: expected {found} keypoints, as the network has, found {len(skeleton.names)}", hint="leave it out")
+        self.skeleton = skeleton
 
     @property
     def keypoint_names(self) -> list[str]:
@@ -155,7 +170,8 @@ class Runner:
         if boxes:
             raise ConfigError("--box: expected none with a detector, found some", hint="leave the detector or the boxes away")
         found = self.detector.detect(image)
-        found = found[found.scores >= self.det_thr]
+        sides = found.boxes_xyxy[:, 2:] - found.boxes_xyxy[:, :2]
+        found = found[(found.scores >= self.det_thr) & (sides.prod(axis=1) >= self.det_min_bbox_size**2 * (self.det_min_bbox_size > 0))]
         if self.estimator is None:
             return [self._instance(b, float(s), int(c), None) for b, s, c in zip(found.boxes_xyxy, found.scores, found.labels, strict=True)]
         found = found[found.labels == self.det_label]
