@@ -98,7 +98,7 @@ def convert(
         if not configs:
             raise typer.BadParameter(f"expected at least one of {', '.join(target_names())}, found none", param_hint="'--target' / '-t'")
         for config in configs:
-            check_can_build(config.backend, config.precision, verify=verify and not dry_run)
+            check_can_build(config.backend, config.precision, verify=verify and not dry_run, device_id=gpu)
         from modelcrate_converter.convert import ConvertOptions
         from modelcrate_runtime.images import image_files
 
@@ -298,7 +298,7 @@ def rebuild(
         images: list[ParityImage] = []
         opened.verify()
         config = _adjusted(config_of(opened, target), exporter=None, nms=None, simplify=True, device_id=_gpu(device), cuda_binding=cuda_binding)
-        check_can_build(config.backend, config.precision, verify=verify)
+        check_can_build(config.backend, config.precision, verify=verify, device_id=config.tensorrt.device_id)
         if verify and reference is not None:
             opened, original, images = _with_reference(bundle, reference, model_config=model_config, spec=spec, model=model, image=image, offline=offline)
         with Progress(consoles()[1]) as progress:

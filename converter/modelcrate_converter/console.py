@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import TYPE_CHECKING, Self
 
-from modelcrate_bundle.errors import ModelcrateError
+from modelcrate_bundle.errors import MissingBackendError, ModelcrateError, UnsupportedBundleError
 from modelcrate_runtime.cli import raise_if_interrupted
 
 if TYPE_CHECKING:
@@ -188,9 +189,10 @@ def print_summary(out: Console, conversions: list[Conversion]) -> None:
             figures[2] = f"{shift.worst:.2g}, {shift.mean:.2g} px"
         if bundle is not None and bundle.manifest is not None:
             figures[0] = f"{sum(entry.bytes for entry in bundle.manifest.files if entry.role in {'net', 'weights'}) / 2**20:.1f}"
-            session = open_session(bundle, SessionOptions())
-            figures[3] = f"{latency_ms(session):.2f}"
-            session.close()
+            with contextlib.suppress(MissingBackendError, UnsupportedBundleError):  # an engine that cannot run here
+                session = open_session(bundle, SessionOptions())
+                figures[3] = f"{latency_ms(session):.2f}"
+                session.close()
         if has_accuracy:
             figures.insert(3, ", ".join(f"{100 * of.value:.1f}" for of in record.accuracy) if record is not None else "")
         table.add_row(conversion.id, *figures, conversion.status)

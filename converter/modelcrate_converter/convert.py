@@ -150,7 +150,7 @@ def convert(
     """
     _check_names([config.target for config in configs], options.name)
     for config in configs:
-        check_can_build(config.backend, config.precision, verify=options.verify and not options.dry_run)
+        check_can_build(config.backend, config.precision, verify=options.verify and not options.dry_run, device_id=config.tensorrt.device_id)
     clock = StageClock(report=report)
     with clock.stage("load checkpoint" if options.spec is None else "load model") as detail:
         model, skipped = _load_model(checkpoint_path, options)
@@ -176,7 +176,7 @@ def convert(
     for config in configs:
         place = options.out / f"{model.name}_{config.target}"
         # Of code nobody knows whether it still makes the same network.
-        bundle = None if options.force or options.dry_run or model.is_code else _current(place, keys[config.target])
+        bundle = None if options.force or options.dry_run or model.is_code else _current(place, keys[config.target], config)
         if bundle is not None:
             results[config.target] = Conversion(
                 id=place.name, target=config.target, place=place, status="current", bundle=bundle, parity=bundle.manifest.parity if bundle.manifest else None
@@ -276,7 +276,7 @@ def _build_bundle(
                 writer.add("calibration.json", role="calibration", content=msgspec.json.format(msgspec.json.encode(calibration), indent=1) + b"\n")
             manifest = _describe_manifest(model, artifact, config, record, build_key, clock, target_id=conversion.id)
             pictures = _add_pictures(subject, artifact, writer)
-            writer.add("README.md", role="readme", content=_render_readme(manifest, pictures))
+            writer.add("README.md", role="readme", content=render_readme(manifest, pictures))
             conversion.bundle = writer.commit(
                 deploy=describe_deploy(model, artifact, config),
                 pipeline=describe_pipeline(model, has_nms=artifact.has_nms, is_batched=artifact.inputs[0].is_batch_dynamic),
@@ -428,7 +428,8 @@ def _describe_manifest(
     )
 
 
-def _render_readme(manifest: Manifest, pictures: list[str]) -> bytes:
+def render_readme(manifest: Manifest, pictures: list[str]) -> bytes:
+    """The bundle's README.md."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -511,13 +512,18 @@ def _check_names(targets: Sequence[str], name: str | None) -> None:
         )
 
 
-def _current(place: Path, build_key: str) -> Bundle | None:
-    """The bundle in its place, if the same build made it and none of its files has changed since."""
+def _current(place: Path, build_key: str, config: DeployConfig) -> Bundle | None:
+    """The bundle in its place, if the same build made it, none of its files has changed since, and an engine was built for what is here."""
     if not (place / "manifest.json").is_file():
         return None
     try:
         bundle = Bundle.open(place)
         bundle.verify()
+        if bundle.manifest is not None and bundle.manifest.engine is not None:
+            from modelcrate_converter.builders.tensorrt_builder import fits
+
+            if not fits(bundle.manifest.engine, config):
+                return None
     except ModelcrateError:
         return None
     return bundle if bundle.manifest and bundle.manifest.provenance.build_key == build_key else None

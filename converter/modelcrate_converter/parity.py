@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 
-from modelcrate_bundle.errors import BundleError, ExportError, InputError
+from modelcrate_bundle.errors import BundleError, ExportError, InputError, UnsupportedBundleError
 from modelcrate_bundle.manifest import OutputParity, ParityRecord, PixelParity
 from modelcrate_converter.describe import describe_pipeline
 from modelcrate_converter.exportable import BoxesFacts, DetectorFacts, HeatmapFacts, RegressionFacts
@@ -82,10 +82,13 @@ def check_parity(model: ExportableModel, artifact: BackendArtifact, images: Sequ
 
     Raises:
         ExportError: the framework cannot load the artefact.
+        UnsupportedBundleError: an engine for another GPU or version.
     """
     try:
         session = open_artefact(artifact.backend, artifact.files, artifact.options(), where=f"{model.name} for {artifact.backend}")
     except BundleError as error:  # it is not in a bundle yet
+        if artifact.engine is not None and isinstance(error, UnsupportedBundleError):  # an engine is loaded when it is built: this is one from elsewhere
+            raise
         raise ExportError(
             f"{model.name}: expected an artefact that {artifact.backend} loads, found: {str(error).rpartition('found: ')[2]}",
             hint="run again with --no-simplify",

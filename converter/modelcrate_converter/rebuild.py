@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from modelcrate_bundle.bundle import Bundle, BundleWriter, sha256_of
-from modelcrate_bundle.errors import BundleIntegrityError, ParityError, UnsupportedBundleError
+from modelcrate_bundle.errors import BundleIntegrityError, ConfigError, ParityError, UnsupportedBundleError
 from modelcrate_bundle.manifest import EngineRecord, Manifest, ParityRecord, Stage, Timing
 from modelcrate_converter.builders import BackendArtifact
 from modelcrate_converter.builders.tensorrt_builder import ENGINE_NAME, build_engine
+from modelcrate_converter.convert import render_readme
 from modelcrate_converter.describe import tool_versions
 from modelcrate_converter.parity import ParityImage, check_parity, failed_gates
 from modelcrate_converter.progress import Report, StageClock, ignore
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from modelcrate_converter.config import DeployConfig
     from modelcrate_converter.exportable import ExportableModel
 
-_REWRITTEN = frozenset({"net", "deploy", "pipeline", "detail"})
+_REWRITTEN = frozenset({"net", "deploy", "pipeline", "detail", "readme"})
 """Roles of files that the writer makes, or that are built again."""
 
 
@@ -42,12 +43,19 @@ def rebuild(
 
     Raises:
         UnsupportedBundleError: a bundle without such a graph.
+        ConfigError: a target of another backend or precision than the bundle's.
         BundleIntegrityError: the graph is not the one that the manifest has the hash of.
         ParityError: the new engine is outside the gates of its target; the old bundle stays.
     """
     manifest = bundle.manifest
     if manifest is None or manifest.engine is None or bundle.detail is None:
         raise UnsupportedBundleError(f"{bundle.root}: expected a TensorRT bundle of modelcrate, found another", hint="convert its checkpoint again")
+    if (config.backend, config.precision) != (manifest.backend, manifest.precision):
+        raise ConfigError(
+            f"{bundle.root}: target: expected one of {manifest.backend} in {manifest.precision}, found {config.target}, of {config.backend} in {config.precision}",
+            hint="convert its checkpoint for another target",
+        )
+    config = _with_batch(config, manifest)
     graph = bundle.path_of(manifest.engine.onnx)
     if sha256_of(graph) != manifest.engine.onnx_sha256:
         raise BundleIntegrityError(f"{graph}: expected the graph that the engine was built from, found another", hint="copy the bundle again")
@@ -62,7 +70,7 @@ def rebuild(
             artifact = BackendArtifact(
                 backend=manifest.backend, files={"net": engine, "source": graph}, precision=manifest.precision, inputs=tuple(manifest.inputs),
                 outputs=tuple(manifest.outputs), has_nms=bundle.pipeline.postprocess.component == "ResizeBBox", engine=record,
-                device_id=config.tensorrt.device_id,
+                device_id=config.tensorrt.device_id, cuda_binding=config.tensorrt.cuda_binding,
             )  # fmt: skip
             with clock.stage("check parity"):
                 parity = check_parity(reference, artifact, images, config.gates)
@@ -72,7 +80,18 @@ def rebuild(
         for entry in manifest.files:
             if entry.role not in _REWRITTEN:
                 writer.add(entry.path, role=entry.role, content=bundle.path_of(entry.path))
-        return writer.commit(deploy=bundle.deploy, pipeline=bundle.pipeline, detail=bundle.detail, manifest=_renewed(manifest, record, parity, clock))
+        renewed = _renewed(manifest, record, parity, clock)
+        writer.add("README.md", role="readme", content=render_readme(renewed, [entry.path for entry in manifest.files if entry.role == "picture"]))
+        return writer.commit(deploy=bundle.deploy, pipeline=bundle.pipeline, detail=bundle.detail, manifest=renewed)
+
+
+def _with_batch(config: DeployConfig, manifest: Manifest) -> DeployConfig:
+    """With the batch range that the manifest promises: a config of MMDeploy, which is not at hand, may have had a say in it."""
+    limits = next((manifest.shape_ranges[spec.name] for spec in manifest.inputs if spec.name in manifest.shape_ranges), None)
+    if limits is None:
+        return config
+    batch = msgspec.structs.replace(config.batch, min=limits.min[0], opt=limits.opt[0], max=limits.max[0])
+    return msgspec.structs.replace(config, batch=batch)
 
 
 def _renewed(manifest: Manifest, record: EngineRecord, parity: ParityRecord, clock: StageClock) -> Manifest:

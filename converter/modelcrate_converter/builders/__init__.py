@@ -39,6 +39,7 @@ class BackendArtifact:
         has_nms: whether detections come out suppressed.
         engine: what an engine was built for; None for what is no engine.
         device_id: the GPU to run it on, where it needs one.
+        cuda_binding: what that goes through; empty takes what is installed.
         raw: role -> file of the same network without suppression, to compare a detector's head with PyTorch; empty where `files` are that.
     """
 
@@ -50,11 +51,12 @@ class BackendArtifact:
     has_nms: bool
     engine: EngineRecord | None = None
     device_id: int = 0
+    cuda_binding: str = ""
     raw: Mapping[str, Path] = field(default_factory=dict)
 
     def options(self) -> SessionOptions:
         """How to run it."""
-        return SessionOptions(precision=self.precision, device_id=self.device_id, built_for=self.engine)
+        return SessionOptions(precision=self.precision, device_id=self.device_id, cuda_binding=self.cuda_binding or None, built_for=self.engine)
 
 
 class _BuilderModule(Protocol):
@@ -92,13 +94,14 @@ BUILDERS: Final[Mapping[str, Builder]] = {
 """Backend name -> how to build for it."""
 
 
-def check_can_build(backend: str, precision: str = "fp32", *, verify: bool = True) -> None:
+def check_can_build(backend: str, precision: str = "fp32", *, verify: bool = True, device_id: int = 0) -> None:
     """Refuse early what would fail late.
 
     Args:
         backend: the deploy config's.
         precision: the deploy config's: a typed graph is made with ONNX Runtime, whatever the backend.
         verify: whether what is built is run here too, which for TensorRT takes a GPU and a binding of CUDA.
+        device_id: which GPU.
 
     Raises:
         ConfigError: a backend without a builder.
@@ -115,7 +118,7 @@ def check_can_build(backend: str, precision: str = "fp32", *, verify: bool = Tru
         raise MissingBackendError(f"building for {backend} needs {', '.join(missing)}, not installed", hint=hint)
     if builder.needs_gpu and verify:
         try:
-            find_gpu()
+            find_gpu(device_id)
         except MissingBackendError as error:
             raise MissingBackendError(
                 f"building for {backend}: {error}, to run the engine on and compare it with PyTorch",

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from modelcrate_bundle.bundle import sha256_of
-from modelcrate_bundle.errors import ConfigError, ExportError, MissingBackendError
+from modelcrate_bundle.errors import ConfigError, ExportError, MissingBackendError, UnsupportedBundleError
 from modelcrate_bundle.manifest import EngineRecord
 from modelcrate_converter.builders import BackendArtifact
 from modelcrate_converter.download import default_cache_dir
@@ -26,7 +26,7 @@ from modelcrate_converter.exportable import BoxesFacts, DetectorFacts
 from modelcrate_converter.progress import Advanced, Noted, Report
 from modelcrate_converter.suppression import suppressed
 from modelcrate_runtime.sessions.cuda_device import Gpu, find_gpu, open_cuda
-from modelcrate_runtime.sessions.tensorrt_session import make_logger, this_platform
+from modelcrate_runtime.sessions.tensorrt_session import check_engine, make_logger, this_platform
 
 if TYPE_CHECKING:
     from modelcrate_bundle.tensors import TensorSpec
@@ -99,6 +99,7 @@ def build(model: ExportableModel, source: OnnxModel, config: DeployConfig, *, wo
         has_nms=has_nms,
         engine=record,
         device_id=config.tensorrt.device_id,
+        cuda_binding=config.tensorrt.cuda_binding,
     )
 
 
@@ -147,7 +148,8 @@ def build_engine(graph: Path, inputs: tuple[TensorSpec, ...], config: DeployConf
             profile.set_shape(spec.name, *shapes)
         settings.add_optimization_profile(profile)
         cache_path = _timing_cache_path(trt, gpu)
-        cache = _load_timing_cache(settings, cache_path) if gpu is not None else None
+        # TensorRT for RTX measures nothing while it builds, and deprecates the calls.
+        cache = _load_timing_cache(settings, cache_path) if gpu is not None and config.backend == "tensorrt" else None
         monitor = _make_monitor(trt, report)
         settings.progress_monitor = monitor
         plan = builder.build_serialized_network(network, settings)
@@ -202,12 +204,16 @@ def examine(model: ExportableModel, source: OnnxModel, config: DeployConfig, *, 
     nodes = onnx.load(source.path).graph.node
     network = builder.create_network(_typed_flag(trt))
     parser = trt.OnnxParser(network, logger)
-    parser.supports_model_v2(source.path.read_bytes())
-    bad = [i for n in range(parser.num_subgraphs) if not parser.is_subgraph_supported(n) for i in parser.get_subgraph_nodes(n)]
-    unsupported = tuple(f"{nodes[i].name} ({nodes[i].op_type})" for i in bad)
+    if not parser.supports_model_v2(source.path.read_bytes()):
+        # Its subgraphs are what it could run of such a graph, whatever it says of them; what it cannot is in none of them.
+        fine = {i for n in range(parser.num_subgraphs) for i in parser.get_subgraph_nodes(n)}
+        bad = [f"{node.name} ({node.op_type})" for i, node in enumerate(nodes) if i not in fine]
+        reasons = [" ".join(parser.get_error(i).desc().split()) for i in range(parser.num_errors)]
+        raise ExportError(
+            f"{model.name}: expected operators that {trt.__name__} {trt.__version__} runs, found {', '.join(bad[:5]) or 'others'}: {(reasons or [_said(logger)])[0][:300]}"
+        )
+    unsupported: tuple[str, ...] = ()
     del parser
-    if unsupported:
-        raise ExportError(f"{model.name}: expected operators that {trt.__name__} {trt.__version__} runs, found {', '.join(unsupported[:5])}")
     network, parser = _parsed(trt, builder, logger, source.path, where=model.name)
     layers = layer_types(network)
     del parser
@@ -243,11 +249,28 @@ def import_library(name: str) -> Any:
 
 
 def gpu_or_none(config: DeployConfig) -> Gpu | None:
-    """The GPU that the config names, if there is one."""
+    """The GPU that the config names; None where there is none at all.
+
+    Raises:
+        MissingBackendError: there are GPUs, and not so many.
+    """
     try:
-        return find_gpu(config.tensorrt.device_id)
+        find_gpu()
     except MissingBackendError:
         return None
+    return find_gpu(config.tensorrt.device_id)
+
+
+def fits(record: EngineRecord, config: DeployConfig) -> bool:
+    """Whether an engine is what a build here would make: for this GPU and this version; without a GPU nothing can be said, and it is left as it is."""
+    gpu = gpu_or_none(config)
+    if gpu is None:
+        return True
+    try:
+        check_engine(record, version=import_library(config.backend).__version__, gpu=gpu, where="")
+    except UnsupportedBundleError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -62,20 +62,23 @@ def check_engine(record: EngineRecord, *, version: str, gpu: Gpu, where: str) ->
     if record.platform != here:
         wrong = f"platform: expected {record.platform}, found {here}"
     elif not _is_version(record, version):
-        wrong = f"{record.library}: expected version {record.version}{' or newer' if record.version_compatible else ''}, found {version}"
+        wrong = f"{record.library}: expected version {record.version}{' or newer, of the same major version' if record.version_compatible else ''}, found {version}"
+    elif record.library == "tensorrt_rtx":  # its engines are for every GPU from Ampere on, wherever they were built, and are compiled to the end when they are loaded
+        if gpu.compute_capability < _AMPERE:
+            wrong = f"compute capability: expected 8.0 or newer, found {capability} ({gpu.name})"
     elif record.hardware_compatibility == "ampere+" and gpu.compute_capability < _AMPERE:
         wrong = f"compute capability: expected 8.0 or newer, found {capability} ({gpu.name})"
     elif record.compute_capability and record.hardware_compatibility != "ampere+" and record.compute_capability != capability:
         wrong = f"compute capability: expected {record.compute_capability} ({record.gpu}), found {capability} ({gpu.name})"
     if wrong:
         raise UnsupportedBundleError(f"{where}: the engine was built for something else: {wrong}", hint=f"modelcrate rebuild {where}")
-    if record.gpu and record.hardware_compatibility == "none" and record.gpu != gpu.name:
+    if record.library == "tensorrt" and record.gpu and record.hardware_compatibility == "none" and record.gpu != gpu.name:
         _LOG.warning("%s: the engine was built on %s and tuned for it; here is %s", where, record.gpu, gpu.name)
 
 
 def _is_version(record: EngineRecord, version: str) -> bool:
     built, here = ([int(part) for part in text.split(".")[:4] if part.isdecimal()] for text in (record.version, version))
-    return here == built or (record.version_compatible and here >= built)
+    return here == built or (record.version_compatible and here[:1] == built[:1] and here >= built)
 
 
 def make_logger(trt: Any) -> Any:
@@ -229,8 +232,16 @@ class TensorRTSession:
         if size <= buffer.size:
             return
         if buffer.size:
-            self._cuda.free(buffer.address)
-        buffer.address, buffer.host, buffer.size = self._cuda.allocate(size), self._cuda.pinned(size), size
+            address, buffer.address, buffer.host, buffer.size = buffer.address, 0, None, 0  # should there be no memory for more, there is none for it
+            self._cuda.free(address)
+        buffer.address = self._cuda.allocate(size)
+        try:
+            buffer.host = self._cuda.pinned(size)
+        except BaseException:
+            address, buffer.address = buffer.address, 0
+            self._cuda.free(address)
+            raise
+        buffer.size = size
         self._context.set_tensor_address(name, buffer.address)
 
     def _make_allocator(self) -> Any:
@@ -240,11 +251,15 @@ class TensorRTSession:
             def __init__(self) -> None:
                 session._trt.IOutputAllocator.__init__(self)  # an inner class
                 self.shapes: dict[str, tuple[int, ...]] = {}
+                self.error: Exception | None = None
 
             def reallocate_output_async(self, tensor_name: str, memory: int, size: int, alignment: int, stream: int) -> int:
                 del memory, alignment, stream  # CUDA aligns to 256 bytes, which is all that TensorRT asks for
                 buffer = session._buffers[tensor_name]
-                session._reserve(tensor_name, (-(-size // buffer.dtype.itemsize),))
+                try:
+                    session._reserve(tensor_name, (-(-size // buffer.dtype.itemsize),))
+                except Exception as error:  # noqa: BLE001  # it must not pass through C++; raised again when TensorRT has given up
+                    self.error = error
                 return buffer.address
 
             def notify_shape(self, tensor_name: str, shape: Any) -> None:
@@ -258,28 +273,32 @@ class TensorRTSession:
         Raises:
             InputError: a name, dtype or shape that the engine does not take; CUDA fails; or the session is closed.
         """
-        if self._context is None:
-            raise InputError("TensorRT: expected an open session, found a closed one", hint="run it inside the with block")
-        self._check(feeds)
-        with self._lock, self._cuda.active():
-            shapes = tuple(feeds[name].shape for name in self._takes)
-            for name, shape in zip(self._takes, shapes, strict=True):
-                if not self._context.set_input_shape(name, shape):
-                    raise InputError(f"TensorRT: {name}: expected a shape of the engine's profile, found {list(shape)}: {_last(self._logger)}")
-            sizes = {name: tuple(int(dim) for dim in self._context.get_tensor_shape(name)) for name in self._gives}
-            for name in self._takes:
-                buffer, value = self._buffers[name], feeds[name]
-                assert buffer.host is not None
-                np.copyto(buffer.host[: value.nbytes].view(buffer.dtype).reshape(value.shape), value)
-            self._launch(shapes, {name: size for name, size in sizes.items() if min(size, default=0) >= 0})
+        with self._lock:
+            if self._context is None:
+                raise InputError("TensorRT: expected an open session, found a closed one", hint="run it inside the with block")
+            self._check(feeds)
+            with self._cuda.active():
+                return self._run(feeds)
+
+    def _run(self, feeds: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
+        shapes = tuple(feeds[name].shape for name in self._takes)
+        for name, shape in zip(self._takes, shapes, strict=True):
+            if not self._context.set_input_shape(name, shape):
+                raise InputError(f"TensorRT: {name}: expected a shape of the engine's profile, found {list(shape)}: {_last(self._logger)}")
+        sizes = {name: tuple(int(dim) for dim in self._context.get_tensor_shape(name)) for name in self._gives}
+        for name in self._takes:
+            buffer, value = self._buffers[name], feeds[name]
+            assert buffer.host is not None
+            np.copyto(buffer.host[: value.nbytes].view(buffer.dtype).reshape(value.shape), value)
+        self._launch(shapes, {name: size for name, size in sizes.items() if min(size, default=0) >= 0})
+        self._cuda.synchronize()
+        late = [name for name, size in sizes.items() if min(size, default=0) < 0]
+        for name in late:
+            sizes[name] = self._allocator.shapes[name]
+            self._to_host(name, sizes[name])
+        if late:
             self._cuda.synchronize()
-            late = [name for name, size in sizes.items() if min(size, default=0) < 0]
-            for name in late:
-                sizes[name] = self._allocator.shapes[name]
-                self._to_host(name, sizes[name])
-            if late:
-                self._cuda.synchronize()
-            return {name: self._view(name, sizes[name]).copy() for name in self._gives}
+        return {name: self._view(name, sizes[name]).copy() for name in self._gives}
 
     run_beside = run
 
@@ -292,6 +311,9 @@ class TensorRTSession:
                 assert buffer.host is not None
                 self._cuda.to_device(buffer.address, buffer.host[: math.prod(shape) * buffer.dtype.itemsize])
             if not context.execute_async_v3(self._cuda.stream):
+                if self._allocator is not None and self._allocator.error is not None:
+                    error, self._allocator.error = self._allocator.error, None
+                    raise error
                 raise InputError(f"TensorRT: expected to run, found: {_last(self._logger)}")
             for name, shape in known.items():
                 self._to_host(name, shape)
@@ -310,7 +332,11 @@ class TensorRTSession:
             # The first time a shape comes TensorRT prepares for it, which cannot be recorded.
             work(context)
             self._cuda.synchronize()
-            self._graphs[shapes] = self._cuda.capture(lambda: work(context))
+            try:
+                self._graphs[shapes] = self._cuda.capture(lambda: work(context))
+            except InputError as error:
+                _LOG.warning("TensorRT: this shape cannot be recorded as a CUDA graph, and is launched without one: %s", error)
+                self._graphs[shapes] = None
             if self._graphs[shapes] is not None:
                 self._recorded.append(context)
 
@@ -341,9 +367,9 @@ class TensorRTSession:
 
     def close(self) -> None:
         """Free the engine and its memory."""
-        if self._context is None:
-            return
         with self._lock:
+            if self._context is None:
+                return
             self._graphs.clear()
             self._recorded.clear()
             self._context = self._engine = self._runtime = self._allocator = None
