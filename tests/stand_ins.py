@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import enum
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -39,6 +40,9 @@ class Gpu:
         capability: major and minor.
         memory: address -> buffer.
         launches: how many graphs were launched.
+        captures: how many were recorded.
+        built: names of the flags that each build had set.
+        profiles: input -> its least, best and largest shape, of each build.
     """
 
     name: str = "Stand-in GPU"
@@ -48,6 +52,9 @@ class Gpu:
     memory: dict[int, Any] = field(default_factory=dict)
     streams: dict[int, Stream] = field(default_factory=dict)
     launches: int = 0
+    captures: int = 0
+    built: list[set[str]] = field(default_factory=list)
+    profiles: list[dict[str, tuple[tuple[int, ...], ...]]] = field(default_factory=list)
 
     def allocate(self, size: int) -> int:
         buffer = ctypes.create_string_buffer(b"\xaa" * size, size)  # what was never written is not zero
@@ -142,6 +149,7 @@ def cuda_python(gpu: Gpu) -> dict[str, types.ModuleType]:
     def begin(stream: int, mode: int) -> tuple[Status]:
         assert not gpu.streams[stream].waiting, "work is waiting"
         gpu.streams[stream].recording = []
+        gpu.captures += 1
         return (Status.cudaSuccess,)
 
     def end(stream: int) -> tuple[Status, int]:
@@ -177,7 +185,14 @@ def cuda_python(gpu: Gpu) -> dict[str, types.ModuleType]:
 def pycuda(gpu: Gpu) -> dict[str, types.ModuleType]:
     """The modules of PyCUDA, as far as they are used. Everything needs the context to be current."""
     api: Any = types.ModuleType("pycuda.driver")
-    current: list[Any] = []
+
+    class Current(threading.local):
+        """Every thread has contexts of its own."""
+
+        def __init__(self) -> None:
+            self.contexts: list[Any] = []
+
+    current = Current()
 
     class Error(Exception):
         pass
@@ -186,15 +201,15 @@ def pycuda(gpu: Gpu) -> dict[str, types.ModuleType]:
         pass
 
     def require_context() -> None:
-        if not current:
+        if not current.contexts:
             raise Error("invalid device context")
 
     class Context:
         def push(self) -> None:
-            current.append(self)
+            current.contexts.append(self)
 
         def pop(self) -> None:
-            assert current.pop() is self
+            assert current.contexts.pop() is self
 
     class Device:
         def __init__(self, index: int) -> None:
@@ -253,6 +268,10 @@ def pycuda(gpu: Gpu) -> dict[str, types.ModuleType]:
 _TYPES = {"tensor(float)": ("FLOAT", np.float32), "tensor(float16)": ("HALF", np.float16), "tensor(int64)": ("INT64", np.int64)}
 PROFILE = {"min": 1, "opt": 8, "max": 32}
 """Of an engine that nobody gave one: the batch."""
+
+
+STRIPPED = b"without weights: "
+"""How the engine begins that has none."""
 
 
 class _Buffer(bytes):
@@ -332,6 +351,7 @@ def tensorrt(gpu: Gpu, *, version: str = "11.4.0.106", name: str = "tensorrt", h
             return True
 
         def execute_async_v3(self, stream: int) -> bool:
+            assert not self._engine.lacks_weights, "an engine without weights was run"
             engine, key = self._engine, tuple(sorted(self._shapes.items()))
             missing = [name for name in engine.names if name not in self._addresses and name not in self._allocators]
             if missing or len(self._shapes) != len(engine.inputs):
@@ -352,7 +372,9 @@ def tensorrt(gpu: Gpu, *, version: str = "11.4.0.106", name: str = "tensorrt", h
                 for name, value in zip(engine.outputs, engine.session.run(engine.outputs, feeds), strict=True):
                     address = addresses.get(name, 0)
                     if name in self._allocators:
-                        address = self._allocators[name].reallocate_output_async(name, address, value.nbytes, 256, stream)
+                        address = self._allocate(name, address, value.nbytes, stream)
+                        if not address:
+                            return
                         self._allocators[name].notify_shape(name, value.shape)
                     if value.nbytes:
                         gpu.require(address, value.nbytes)
@@ -360,9 +382,22 @@ def tensorrt(gpu: Gpu, *, version: str = "11.4.0.106", name: str = "tensorrt", h
 
             gpu.streams[stream].put(work)
             if self._allocators:
+                self._lacks_memory = False
                 gpu.streams[stream].synchronize()  # such a network waits for its own sizes
+                if self._lacks_memory:
+                    engine.logger.log(Severity.ERROR, "IExecutionContext::enqueueV3: Error Code 2: OutOfMemory (allocator returned nullptr)")
+                    return False
             self._ran.add(key)
             return True
+
+        def _allocate(self, name: str, address: int, size: int, stream: int) -> int:
+            """What an allocator raises does not pass through C++."""
+            try:
+                address = self._allocators[name].reallocate_output_async(name, address, size, 256, stream)
+            except Exception:  # noqa: BLE001
+                address = 0
+            self._lacks_memory = not address
+            return address
 
     class Inspector:
         def __init__(self, engine: Engine) -> None:
@@ -379,7 +414,9 @@ def tensorrt(gpu: Gpu, *, version: str = "11.4.0.106", name: str = "tensorrt", h
 
     class Engine:
         def __init__(self, data: bytes, logger: Any) -> None:
-            self.data, self.logger = data, logger
+            self.lacks_weights = data.startswith(STRIPPED)
+            self.data, self.logger = data.removeprefix(STRIPPED), logger
+            data = self.data
             self.session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
             self.inputs = [value.name for value in self.session.get_inputs()]
             self.outputs = [value.name for value in self.session.get_outputs()]
@@ -427,13 +464,32 @@ def tensorrt(gpu: Gpu, *, version: str = "11.4.0.106", name: str = "tensorrt", h
                 self._logger.log(Severity.ERROR, "IRuntime::deserializeCudaEngine: Error Code 1: Serialization (magicTag mismatch)")
                 return None
 
+    class Refitter:
+        def __init__(self, engine: Any, logger: Any) -> None:
+            self.engine = engine
+            self.is_filled = False
+
+        def refit_cuda_engine(self) -> bool:
+            self.engine.lacks_weights = not self.is_filled
+            return self.is_filled
+
+    class OnnxParserRefitter:
+        def __init__(self, refitter: Refitter, logger: Any) -> None:
+            self._refitter, self._logger = refitter, logger
+
+        def refit_from_file(self, path: str) -> bool:
+            with open(path, "rb") as stream:
+                self._refitter.is_filled = stream.read() == self._refitter.engine.data
+            return self._refitter.is_filled
+
     trt.ILogger, trt.IOutputAllocator, trt.Runtime = ILogger, IOutputAllocator, Runtime
+    trt.Refitter, trt.OnnxParserRefitter = Refitter, OnnxParserRefitter
     if has_parser:
-        _add_builder(trt, Severity)
+        _add_builder(trt, gpu)
     return trt
 
 
-def _add_builder(trt: Any, severity: Any) -> None:
+def _add_builder(trt: Any, gpu: Gpu) -> None:
     """Builder and parser of the real TensorRT for RTX; what they build is the ONNX file that was parsed."""
     import tensorrt_rtx as real
 
@@ -458,26 +514,21 @@ def _add_builder(trt: Any, severity: Any) -> None:
             return real.OnnxParser.parse_from_file(self, path)
 
     class Builder(real.Builder):
+        def create_optimization_profile(self) -> Any:
+            self._profile = real.Builder.create_optimization_profile(self)
+            return self._profile
+
         def build_serialized_network(self, network: Any, settings: Any) -> _Buffer | None:
+            flags = {name for name, flag in real.BuilderFlag.__members__.items() if settings.get_flag(flag)}
+            gpu.built.append(flags)
+            inputs = [network.get_input(i).name for i in range(network.num_inputs)]
+            gpu.profiles.append({name: tuple(tuple(shape) for shape in self._profile.get_shape(name)) for name in inputs})
+            for name in ("VERSION_COMPATIBLE", "REFIT", "STRIP_PLAN"):  # TensorRT for RTX needs a GPU, or a library that its wheel lacks, for them
+                settings.clear_flag(real.BuilderFlag.__members__[name])
             plan = real.Builder.build_serialized_network(self, network, settings)
-            return None if plan is None else _Buffer(parsed[id(network)])
+            return None if plan is None else _Buffer((STRIPPED if "STRIP_PLAN" in flags else b"") + parsed[id(network)])
 
-    class Refitter:
-        def __init__(self, engine: Any, logger: Any) -> None:
-            self.is_filled = False
-
-        def refit_cuda_engine(self) -> bool:
-            return self.is_filled
-
-    class OnnxParserRefitter:
-        def __init__(self, refitter: Refitter, logger: Any) -> None:
-            self._refitter, self._logger = refitter, logger
-
-        def refit_from_file(self, path: str) -> bool:
-            self._refitter.is_filled = True
-            return True
-
-    trt.OnnxParser, trt.Builder, trt.Refitter, trt.OnnxParserRefitter = OnnxParser, Builder, Refitter, OnnxParserRefitter
+    trt.OnnxParser, trt.Builder = OnnxParser, Builder
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from modelcrate_converter.config import load_config
 from modelcrate_converter.convert import ConvertOptions, convert
 from modelcrate_converter.models.blueprints import random_weights, rtmdet_shapes, rtmpose_shapes
 from modelcrate_runtime.sessions import BACKENDS, Session, SessionOptions, open_artefact, open_session
+from modelcrate_runtime.sessions.cuda_device import find_gpu, require_binding
 
 OWN_THREADS = {"openvino": 2}
 """Threads of a framework's scheduler, which wait for the one that computes."""
@@ -82,6 +83,12 @@ def case(request: pytest.FixtureRequest, converted: Callable[[str, str], Bundle]
     backend, task = request.param
     if not BACKENDS[backend].is_installed:
         pytest.skip(f"needs {backend}: {BACKENDS[backend].install_command}")
+    if BUILDERS[backend].needs_gpu:
+        try:
+            find_gpu()
+            require_binding()
+        except MissingBackendError as error:
+            pytest.skip(f"{error} ({error.hint})")
     return Case(converted(backend, task), task == "pose")
 
 
