@@ -141,4 +141,5 @@ def of_keypoints(truth: list[Frame], found: list[Frame], matches: list[dict[int,
                 way = (there.keypoints[i] - rows[-3][4])[always] / 2
                 along -= float((error[always] * way).sum())
                 ways += float((way**2).sum())
-    return float(np.mean(errors)), float(np.mean(jitters)), along / ways
+    nothing = float("nan")
+    return float(np.mean(errors)) if errors else nothing, float(np.mean(jitters)) if jitters else nothing, along / ways if ways else nothing

@@ -62,8 +62,11 @@ def check_engine(record: EngineRecord, *, version: str, gpu: Gpu, where: str) ->
     if record.platform != here:
         wrong = f"platform: expected {record.platform}, found {here}"
     elif not _is_version(record, version):
-        wrong = f"{record.library}: expected version {record.version}{' or newer, of the same major version' if record.version_compatible else ''}, found {version}"
-    elif record.library == "tensorrt_rtx":  # its engines are for every GPU from Ampere on, wherever they were built, and are compiled to the end when they are loaded
+        wrong = (
+            f"{record.library}: expected version {record.version}{' or newer, of the same major version' if record.version_compatible else ''}, found {version}"
+        )
+    elif record.library == "tensorrt_rtx":
+        # Its engines are for every GPU from Ampere on, wherever they were built, and are compiled to the end when they are loaded.
         if gpu.compute_capability < _AMPERE:
             wrong = f"compute capability: expected 8.0 or newer, found {capability} ({gpu.name})"
     elif record.hardware_compatibility == "ampere+" and gpu.compute_capability < _AMPERE:
