@@ -89,18 +89,19 @@ _FARTHEST_PX: Final = 1e9
 """No image has such a coordinate; far beyond it float32 arithmetic overflows."""
 
 
-def as_boxes(boxes: ArrayLike | None, *, image_hw: tuple[int, int]) -> NDArray[np.float32]:
+def as_boxes(boxes: ArrayLike | None, *, image_hw: tuple[int, int], least_side: float = 0.0) -> NDArray[np.float32]:
     """The caller's boxes as an array.
 
     Args:
         boxes: (4,) or (N, 4) left, top, right, bottom in image pixels; None stands for the whole image.
         image_hw: image (height, width) in pixels.
+        least_side: of a box; -1 in the SDK's geometry, where right and bottom are a pixel further on, and where its tracker has boxes without width.
 
     Returns:
         (N, 4) float32.
 
     Raises:
-        InputError: another shape, or a coordinate that is not finite or beyond 1e9, or right < left or bottom < top.
+        InputError: another shape, or a coordinate that is not finite or beyond 1e9, or a side below the least.
     """
     if boxes is None:
         height, width = image_hw
@@ -116,7 +117,8 @@ def as_boxes(boxes: ArrayLike | None, *, image_hw: tuple[int, int]) -> NDArray[n
     if array.ndim != 2 or array.shape[1] != 4:
         raise InputError(f"boxes: expected shape (4,) or (N, 4), found {np.shape(boxes)}", hint="a box is (left, top, right, bottom) in image pixels")
     for index, (left, top, right, bottom) in enumerate(array.tolist()):
-        if not (-_FARTHEST_PX < left <= right < _FARTHEST_PX and -_FARTHEST_PX < top <= bottom < _FARTHEST_PX):  # NaN fails too
+        is_near = min(left, top) > -_FARTHEST_PX and max(right, bottom) < _FARTHEST_PX
+        if not (is_near and left + least_side <= right and top + least_side <= bottom):  # NaN fails too
             raise InputError(
                 f"box {index}: expected finite numbers with left <= right and top <= bottom, found {(left, top, right, bottom)}",
                 hint="a box is (left, top, right, bottom) in image pixels; convert (x, y, width, height) first",
@@ -383,7 +385,7 @@ def plan_sdk(box_xyxy: NDArray[np.float32] | None, *, image_hw: tuple[int, int],
     # Before NumPy 2 a float32 and a Python number make a double: halves are float32 as well.
     roi = (_round(center_x - size_x / f32(2)), _round(center_y - size_y / f32(2)), _round(size_x), _round(size_y))
     source = _intersection(roi, (0, 0, image_w, image_h))
-    factor = f32(width) / size_x
+    factor = f32(width) / size_x if size_x > 0 else f32(0)
     target = _intersection(
         (
             _round(f32(source[0] - roi[0]) * factor),

@@ -229,7 +229,7 @@ class Preprocessor:
         assert box_step is not None  # and the constructor saw to it
         pixels = self.prepare(image)
         image_hw = (pixels.shape[0], pixels.shape[1])
-        array = as_boxes(boxes, image_hw=image_hw)
+        array = as_boxes(boxes, image_hw=image_hw, least_side=-1.0 if self._geometry == "sdk" else 0.0)
         size_wh, padding = affine.image_size, box_step.padding
         if self._geometry == "exact":
             rows, crops = [], []

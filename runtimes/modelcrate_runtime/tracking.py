@@ -14,7 +14,7 @@ Source: mmdeploy-sdk-spec, section 4; the One-Euro filter is Casiez, Roussel and
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 import cv2
@@ -144,7 +144,8 @@ class _Covariance:
 
     def correct(self, which: Mask, noise: np.float32) -> tuple[Floats, Floats]:
         """Gains of position and velocity, (K, 1) each; zero where `which` is not."""
-        inverse = which / (self.position + noise)
+        spread = self.position + noise
+        inverse = np.divide(which, spread, out=np.zeros_like(spread), where=spread != 0)
         of_position, of_velocity = self.position * inverse, self.shared * inverse
         self.velocity = self.velocity - of_velocity * self.shared
         self.shared = self.shared - of_position * self.shared
@@ -224,7 +225,7 @@ class MotionFilter:
     def restart(self, box: Floats, keypoints: Floats) -> None:
         """A track that was lost is found here."""
         state = box_as_state(box)
-        size = np.sqrt(state[2] * state[3])
+        size = self._size_of(state)
         position, velocity = _F(2) * self._position * size, _F(10) * self._velocity * size
         self._box: _BoxFilter | _OpenCvBoxFilter = (_OpenCvBoxFilter if self._mode == "sdk" else _BoxFilter)(state, position, velocity)
         self._points: Floats = keypoints.astype(np.float32)
@@ -232,7 +233,13 @@ class MotionFilter:
         self._covariance = _Covariance.start(len(keypoints), position**2, velocity**2)
 
     def _size(self) -> np.float32:
-        _, _, width, height = self._box.state
+        return self._size_of(self._box.state)
+
+    def _size_of(self, state: Floats) -> np.float32:
+        """The square root of the area; at least a pixel in `fixed`, where noise without a size would fix a track to its place."""
+        _, _, width, height = state
+        if self._mode == "fixed":
+            return np.float32(np.sqrt(max(width, _F(1)) * max(height, _F(1))))
         with np.errstate(invalid="ignore"):
             return np.float32(np.sqrt(width * height))
 
@@ -275,13 +282,19 @@ class _Euro:
 
     x: Floats
     v: Floats
+    measured: Floats = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.measured = self.x
 
     def step(self, x: Floats, cutoffs: _Cutoffs, *, mode: Mode, signed: bool) -> Floats:
         """One frame; `signed` takes a speed that is one number with its sign."""
         dt = cutoffs.dt
         start = self.x if mode == "sdk" else self.x + self.v * dt
         keep = _share(cutoffs.of_velocity, dt)
-        self.v = (_F(1) - keep) * self.v + keep * ((x - self.x) / dt)
+        # From what was measured: how far the filter is behind, divided by the time step, would be another velocity at another frame rate.
+        self.v = (_F(1) - keep) * self.v + keep * ((x - (self.x if mode == "sdk" else self.measured)) / dt)
+        self.measured = x
         speed = self.v[:, 0] if signed else np.sqrt((self.v**2).sum(axis=1))
         take = _shares(cutoffs.least + cutoffs.beta * speed, dt)[:, None]
         self.x = (_F(1) - take) * start + take * x
