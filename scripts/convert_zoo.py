@@ -1,6 +1,6 @@
 """Converts every network of the zoo with random weights, by file and without a config: what the published checkpoints need beside a download.
 
-usage: .venv/bin/python scripts/convert_zoo.py [-t TARGET] [-o FOLDER] [WORD...]
+usage: .venv/bin/python scripts/convert_zoo.py [-t TARGET] [--dry-run] [-o FOLDER] [WORD...]
 
 Prints a table with the seconds and the parity of each. Models that differ only in what they were trained on are one network, converted once. Exits with 1
 if one of them fails.
@@ -37,6 +37,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", help="only models whose names have all of these")
     parser.add_argument("-t", "--target", action="append")
+    parser.add_argument("--dry-run", action="store_true", help="write nothing; for TensorRT without a GPU")
     parser.add_argument("-o", "--out", type=Path, help="keep the bundles")
     options = parser.parse_args()
     configs = [load_config(name) for name in options.target or ["onnxruntime"]]
@@ -47,7 +48,7 @@ def main() -> int:
             path = Path(folder) / "random.pth"
             torch.save({"state_dict": calm(random_weights(shapes_of(model), seed=0), path), "meta": {"cfg": config_text(model)}}, path)
             start = time.perf_counter()
-            made = convert(path, configs, ConvertOptions(out=options.out or Path(folder), name=model.name, keypoints=model.keypoints))
+            made = convert(path, configs, ConvertOptions(out=options.out or Path(folder), name=model.name, keypoints=model.keypoints, dry_run=options.dry_run))
             for conversion in made:
                 failed += conversion.error is not None
                 row = cells(conversion, time.perf_counter() - start)

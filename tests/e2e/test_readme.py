@@ -97,10 +97,21 @@ def test_listed_commands_run(converted: Path) -> None:
     assert len(list((converted / "people/images").glob("*.jpg"))) == 8
 
 
-def test_ten_line_application_runs(converted: Path) -> None:
-    (program,) = blocks((ROOT / "runtimes/README.md").read_text(encoding="utf-8"), "python")
-    (converted / "application.py").write_text(program, encoding="utf-8")
-    run(f"{shlex.quote(sys.executable)} application.py", converted)
+@pytest.mark.parametrize("number", [0, 1], ids=["pictures", "video"])
+def test_applications_of_the_runtimes_page_run(converted: Path, number: int) -> None:
+    programs = blocks((ROOT / "runtimes/README.md").read_text(encoding="utf-8"), "python")
+    assert len(programs) == 2
+    shutil.copy(converted / "video/people.mp4", converted / "video.mp4")
+    (converted / "application.py").write_text(programs[number], encoding="utf-8")
+    shown = run(f"{shlex.quote(sys.executable)} application.py", converted)
+    if number:
+        assert len(re.findall(r"^\d+ \[", shown, flags=re.MULTILINE)) > 50  # people in 50 frames
+
+
+def test_tracked_video_is_there(converted: Path) -> None:
+    capture = cv2.VideoCapture(str(converted / "tracked.mp4"))
+    assert (capture.get(cv2.CAP_PROP_FRAME_COUNT), capture.get(cv2.CAP_PROP_FPS)) == (50, 25)
+    assert len((converted / "tracks.jsonl").read_text().splitlines()) == 50
 
 
 @pytest.mark.parametrize("name", ["demo-det_onnxruntime", "demo-pose_onnxruntime"])
