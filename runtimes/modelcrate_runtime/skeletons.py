@@ -83,6 +83,10 @@ def read_skeleton(text: str) -> KeypointInfo:
         numbers = iter([int(word) for word in path.read_text(encoding="utf-8").split()])
         rows = [[tuple(next(numbers) for _ in range(width)) for _ in range(next(numbers))] for width in (2, 3, 1, 1)]
         links, palette, of_links, of_points = rows
+        for what, indices, count in (("keypoint", links, len(of_points)), ("colour", of_links + of_points, len(palette))):
+            wrong = next((i for row in indices for i in row if not 0 <= i < count), None)
+            if wrong is not None:
+                raise ValueError(f"{what} {wrong} of {count}")  # noqa: TRY301  # said below
         rgb = [color[::-1] for color in palette]
         return KeypointInfo(
             names=[f"keypoint_{i}" for i in range(len(of_points))],
@@ -90,5 +94,7 @@ def read_skeleton(text: str) -> KeypointInfo:
             colors=[rgb[i] for (i,) in of_points],  # type: ignore[misc]  # of three numbers each
             link_colors=[rgb[i] for (i,) in of_links],  # type: ignore[misc]
         )
-    except (ValueError, IndexError, StopIteration, RuntimeError, OSError) as error:
-        raise ConfigError(f"{path}: expected a skeleton file of MMDeploy, found: {str(error) or 'too few numbers'}", hint="--skeleton coco") from error
+    except (StopIteration, RuntimeError) as error:
+        raise ConfigError(f"{path}: expected a skeleton file of MMDeploy, found: too few numbers", hint="--skeleton coco") from error
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{path}: expected a skeleton file of MMDeploy, found: {error}", hint="--skeleton coco") from error

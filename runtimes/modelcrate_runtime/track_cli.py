@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
+import re
+import os
 import sys
 import time
 from pathlib import Path
@@ -9,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from modelcrate_bundle.errors import ConfigError
+from modelcrate_bundle.errors import ConfigError, OutputError
 from modelcrate_runtime.cli import JSON_OPTION, app, consoles, exit_on_error, raise_if_interrupted
 
 if TYPE_CHECKING:
@@ -74,6 +77,9 @@ def track(
         from modelcrate_runtime.tracker import PoseTracker
         from modelcrate_runtime.video import JsonLines, fitted, open_sink, open_source, track_video
 
+        for option, place in (("--output", output), ("--save-json", save_json)):
+            if place is not None:
+                _check_place(option, place, source)
         own_skeleton = read_skeleton(skeleton) if skeleton is not None else None
         frames = open_source(source, frame_rate=frame_rate, size_wh=_size(input_size) if input_size else None)
         window = _window(show) if show >= 0 else None
@@ -92,7 +98,7 @@ def track(
                 if not output_size:
                     return picture
                 scale = output_size / max(picture.shape[:2])
-                return fitted(picture, (round(picture.shape[1] * scale), round(picture.shape[0] * scale)))
+                return fitted(picture, (max(1, round(picture.shape[1] * scale)), max(1, round(picture.shape[0] * scale))))
 
             sink = open_sink(output, frame_rate=frames.frame_rate) if output is not None else None
             lines = JsonLines(save_json) if save_json is not None else None
@@ -133,6 +139,20 @@ def _matching(chosen: KeypointInfo | None, tracker: PoseTracker) -> KeypointInfo
     return chosen
 
 
+def _check_place(option: str, place: Path, source: str) -> None:
+    """Results must not be written over the frames, or between them, where the next run would take them for frames."""
+    from modelcrate_runtime.images import IMAGE_SUFFIXES
+
+    origin, suffix = Path(source), place.suffix.lower()
+    folder = place.parent if suffix in IMAGE_SUFFIXES else place
+    is_taken = place.resolve() == origin.resolve() or (origin.is_dir() and folder.resolve() == origin.resolve())
+    if not origin.exists() and folder.resolve() == origin.parent.resolve():  # a pattern of pictures
+        number = "%06d.jpg" if folder == place else place.name if "%" in place.name else f"{place.stem}_%06d{place.suffix}"
+        is_taken = is_taken or fnmatch.fnmatch(re.sub(r"%\d*d", "000000", number), origin.name)
+    if is_taken and source != "-":
+        raise OutputError(f"{option} {place}: expected another place than the frames', found {source}", hint=f"{option} results/")
+
+
 def _size(text: str) -> tuple[int, int]:
     width, _, height = text.partition("x")
     if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
@@ -150,12 +170,15 @@ def _window(delay_ms: int) -> Callable[[Image], bool]:
     """What shows a frame; Escape or q ends the run."""
     import cv2
 
+    lacking = ConfigError(
+        "--show: expected an OpenCV with windows and a display, found none", hint="pip install opencv-python, or leave --show out and use --output"
+    )
+    if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        raise lacking  # Qt would end the process
     try:
         cv2.namedWindow("modelcrate", cv2.WINDOW_NORMAL)
     except cv2.error as error:
-        raise ConfigError(
-            "--show: expected an OpenCV with windows and a display, found none", hint="pip install opencv-python, or leave --show out and use --output"
-        ) from error
+        raise lacking from error
 
     def show(image: Image) -> bool:
         cv2.imshow("modelcrate", image)

@@ -32,9 +32,8 @@ if TYPE_CHECKING:
 
 DEFAULT_RATE: Final = 30.0
 """Frames per second where nobody says."""
-VIDEO_SUFFIXES: Final = frozenset({".mp4", ".avi", ".mkv", ".webm", ".mov", ".mpg", ".mpeg", ".wmv", ".m4v"})
-_CODECS: Final = {".avi": "MJPG", ".webm": "VP80"}
-"""Suffix -> codec that OpenCV's wheels can write; mp4v for all others."""
+_CODECS: Final = {".mp4": "mp4v", ".m4v": "mp4v", ".mov": "mp4v", ".mkv": "mp4v", ".avi": "MJPG", ".webm": "VP80"}
+"""Suffix -> codec that OpenCV's wheels can write. In .mpg and .wmv the rate and the number of frames would come out as others."""
 _QUEUE: Final = 8
 _RETRIES: Final = 30
 """Frames in a row that a decoder may fail to give before the file is taken to end there."""
@@ -83,7 +82,8 @@ def open_source(text: str, *, frame_rate: float | None = None, size_wh: tuple[in
     if text == "-":
         if size_wh is None:
             raise ConfigError("-: expected the size of the raw frames, found none", hint="--input-size 640x480")
-        return _RawFrames(stream or sys.stdin.buffer, size_wh, frame_rate or DEFAULT_RATE)
+        # Without its buffer: a thread that waits with the buffer's lock makes the interpreter abort at exit.
+        return _RawFrames(stream or getattr(sys.stdin.buffer, "raw", sys.stdin.buffer), size_wh, frame_rate or DEFAULT_RATE)
     if text.isdecimal() and len(text) <= 2 and not Path(text).exists():
         return _Capture(int(text), f"camera {text}", frame_rate, is_live=True)
     if "://" in text:
@@ -117,7 +117,7 @@ class _Capture:
             what = "a camera" if isinstance(target, int) else "a video that OpenCV can read"
             raise InputError(f"{name}: expected {what}, found none", hint="is it whole? ffmpeg -i shows what is in a file")
         own = float(self._capture.get(cv2.CAP_PROP_FPS))
-        self.frame_rate = frame_rate or (own if 1 <= own <= 1000 else DEFAULT_RATE)
+        self.frame_rate = frame_rate or (own if 0.1 <= own <= 1000 else DEFAULT_RATE)
         count = int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT))
         self.count = count if not is_live and count > 0 else None
 
@@ -233,23 +233,22 @@ def open_sink(path: Path, *, frame_rate: float) -> Sink:
         OutputError: a suffix that is neither, or a place that cannot be written.
     """
     suffix = path.suffix.lower()
+    if suffix and suffix not in _CODECS and suffix not in IMAGE_SUFFIXES:
+        raise OutputError(f"{path}: expected a video, pictures like out_%04d.jpg, or a folder, found {suffix!r}", hint=f"one of {', '.join(sorted(_CODECS))}")
     try:
         (path.parent if suffix else path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{path}: expected to write there, found: {error.strerror}", hint="choose another place with --output") from error
-    if suffix in VIDEO_SUFFIXES:
+    if suffix in _CODECS:
         return _Video(path, frame_rate)
     if suffix in IMAGE_SUFFIXES:
-        pattern = str(path) if "%" in path.name else str(path.with_name(f"{path.stem.replace('%', '%%')}_%06d{path.suffix}"))
+        name = path.name if "%" in path.name else f"{path.stem}_%06d{path.suffix}"
+        pattern = str(path.with_name(name)) if path.parent == Path() else str(path.parent).replace("%", "%%") + os.sep + name
         try:
             _ = pattern % 0
         except (TypeError, ValueError) as error:
             raise OutputError(f"{path}: expected one number in the name, like out_%04d.jpg, found another pattern") from error
         return _NumberedPictures(pattern)
-    if suffix:
-        raise OutputError(
-            f"{path}: expected a video, pictures like out_%04d.jpg, or a folder, found {suffix!r}", hint=f"one of {', '.join(sorted(VIDEO_SUFFIXES))}"
-        )
     return _NumberedPictures(str(path).replace("%", "%%") + os.sep + "%06d.jpg")
 
 
@@ -266,9 +265,11 @@ class _Video:
     def write(self, image: Image) -> None:
         if self._writer is None:
             self._size_wh = (image.shape[1], image.shape[0])
-            codec = cv2.VideoWriter.fourcc(*_CODECS.get(self._path.suffix.lower(), "mp4v"))
+            codec = cv2.VideoWriter.fourcc(*_CODECS[self._path.suffix.lower()])
             self._writer = cv2.VideoWriter(str(self._partial), codec, self._rate, self._size_wh)
             if not self._writer.isOpened():
+                self._writer = None  # nothing to close
+                self._partial.unlink(missing_ok=True)
                 raise OutputError(f"{self._path}: expected a video that this OpenCV can write, found that it cannot", hint="try out.mp4 or out.avi")
         self._writer.write(fitted(image, self._size_wh))
         self._count += 1
@@ -282,7 +283,7 @@ class _Video:
             check = cv2.VideoCapture(str(self._partial))
             written = int(check.get(cv2.CAP_PROP_FRAME_COUNT)) if check.isOpened() else 0
             check.release()
-            if written < self._count - 1:  # OpenCV says nothing of a full disk
+            if written < max(self._count - 1, 1):  # OpenCV says nothing of a full disk
                 raise OutputError(f"{self._path}: expected a video of {self._count} frames, found {written} written: is the disk full?")
             self._partial.replace(self._path)
         except OSError as error:
@@ -470,6 +471,8 @@ def track_video(
                     f"{source.name}: expected a frame within {stall_s:g} s, found none: the stream stalls", hint="--stall says how long to wait"
                 ) from None
             if image is _END:
+                if reader.error is not None:
+                    raise reader.error
                 break
             tracked = tracker.track(state, image)
             if lines is not None:
@@ -485,8 +488,6 @@ def track_video(
                 report(progress)
             if show is not None and draw is not None and not show(draw(image, tracked)):
                 break
-        if reader.error is not None:
-            raise reader.error
         writer.put(_END)
         if len(threads) > 1:
             threads[1].join()
@@ -499,7 +500,8 @@ def track_video(
             thread.join(timeout=30)
         writer.stop.set()
         threads[0].join(timeout=2)  # a camera's driver may never come back
-        source.close()
+        if not threads[0].is_alive():  # OpenCV crashes where a capture is released in the middle of a read
+            source.close()
     progress.seconds = time.perf_counter() - started
     progress.stages = {"decode": reader.seconds.get("decode", 0.0)}
     progress.stages |= {name: tracker.seconds[name] - before.get(name, 0.0) for name in tracker.seconds}
