@@ -83,7 +83,8 @@ def open_source(text: str, *, frame_rate: float | None = None, size_wh: tuple[in
         if size_wh is None:
             raise ConfigError("-: expected the size of the raw frames, found none", hint="--input-size 640x480")
         # Without its buffer: a thread that waits with the buffer's lock makes the interpreter abort at exit.
-        return _RawFrames(stream or getattr(sys.stdin.buffer, "raw", sys.stdin.buffer), size_wh, frame_rate or DEFAULT_RATE)
+        unbuffered: IO[bytes] = getattr(sys.stdin.buffer, "raw", sys.stdin.buffer)
+        return _RawFrames(unbuffered if stream is None else stream, size_wh, frame_rate or DEFAULT_RATE)
     if text.isdecimal() and len(text) <= 2 and not Path(text).exists():
         return _Capture(int(text), f"camera {text}", frame_rate, is_live=True)
     if "://" in text:
