@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from modelcrate_bundle.errors import ExportError
+from modelcrate_converter.quantization import QuantizedConvolution
+from modelcrate_runtime.sessions.ncnn_session import MAGIC
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-MAGIC: Final = "7767517"
 _FLOAT16, _INT8 = 0x01306B47, 0x000D4B38
 """Tags before weights that are not float32; float32's is 0."""
 _INT8_SCALES: Final = 8
@@ -189,19 +190,6 @@ def write_network(layers: Sequence[Layer]) -> tuple[str, bytes]:
             data = array.tobytes()
             content += data + bytes(-len(data) % 4)
     return "\n".join(lines) + "\n", bytes(content)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class QuantizedConvolution:
-    """A convolution of the graph that is to compute in INT8.
-
-    Attributes:
-        weights: (out, in / groups, h, w) float32, already on the levels of INT8.
-        scale: what one level of its input is worth.
-    """
-
-    weights: NDArray[np.float32]
-    scale: float
 
 
 def quantize_convolutions(layers: Iterable[Layer], convolutions: Sequence[QuantizedConvolution]) -> int:

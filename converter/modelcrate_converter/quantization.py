@@ -18,7 +18,6 @@ import numpy as np
 
 from modelcrate_bundle.errors import ExportError
 from modelcrate_converter.export import OnnxModel, save_onnx
-from modelcrate_converter.ncnn_network import QuantizedConvolution
 from modelcrate_converter.observe import normalized, observe
 
 if TYPE_CHECKING:
@@ -54,6 +53,19 @@ class Sensitivity:
 
     layer: str
     error: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuantizedConvolution:
+    """A convolution of the graph that is to compute in INT8.
+
+    Attributes:
+        weights: (out, in / groups, h, w) float32, already on the levels of INT8.
+        scale: what one level of its input is worth.
+    """
+
+    weights: NDArray[np.float32]
+    scale: float
 
 
 def quantizable(model: OnnxModel) -> list[str]:

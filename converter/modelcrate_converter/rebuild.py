@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,12 +14,12 @@ import msgspec
 from modelcrate_bundle.bundle import Bundle, BundleWriter, sha256_of
 from modelcrate_bundle.errors import BundleIntegrityError, ConfigError, ParityError, UnsupportedBundleError
 from modelcrate_bundle.manifest import EngineRecord, Manifest, ParityRecord, Stage, Timing
-from modelcrate_converter.builders import BackendArtifact
 from modelcrate_converter.builders.tensorrt_builder import ENGINE_NAME, build_engine
 from modelcrate_converter.convert import render_readme
 from modelcrate_converter.describe import tool_versions
 from modelcrate_converter.parity import ParityImage, check_parity, failed_gates
 from modelcrate_converter.progress import Report, StageClock, ignore
+from modelcrate_converter.verification import artifact_of
 
 if TYPE_CHECKING:
     from modelcrate_converter.config import DeployConfig
@@ -67,11 +68,13 @@ def rebuild(
             detail.append(f"{engine.name} {engine.stat().st_size / 2**20:.1f} MiB")
         parity = ParityRecord(verified=False)
         if reference is not None:
-            artifact = BackendArtifact(
-                backend=manifest.backend, files={"net": engine, "source": graph}, precision=manifest.precision, inputs=tuple(manifest.inputs),
-                outputs=tuple(manifest.outputs), has_nms=bundle.pipeline.postprocess.component == "ResizeBBox", engine=record,
-                device_id=config.tensorrt.device_id, cuda_binding=config.tensorrt.cuda_binding,
-            )  # fmt: skip
+            artifact = replace(
+                artifact_of(bundle),
+                files={"net": engine, "source": graph},
+                engine=record,
+                device_id=config.tensorrt.device_id,
+                cuda_binding=config.tensorrt.cuda_binding,
+            )
             with clock.stage("check parity"):
                 parity = check_parity(reference, artifact, images, config.gates)
             if not parity.passed:

@@ -36,6 +36,10 @@ app = typer.Typer(
 )
 INTERRUPTED: Final = 130
 _interrupts: Final[list[int]] = []
+# What commands have in common.
+DEVICE = Annotated[str, typer.Option(help="cpu or cuda; default: cuda for TensorRT, cpu for all others.")]
+DEVICE_ID = Annotated[int, typer.Option("--device-id", "--device_id", min=0, help="Which of them.")]
+THREADS = Annotated[int | None, typer.Option(min=1, help="Threads inside one operator; default: one per usable core.")]
 JSON_OPTION = typer.Option("--json", help="Print JSON instead of tables.")
 
 
@@ -124,10 +128,10 @@ def run(
     kpt_thr: Annotated[float, typer.Option("--kpt-thr", "--pose-thr", "--pose_thr", help="Least score of a keypoint that is drawn.")] = 0.3,
     skeleton: Annotated[str | None, typer.Option(help="Links and colours: a set's name, or a file of MMDeploy's form. Default: the bundle's own.")] = None,
     geometry: Annotated[Literal["exact", "sdk"] | None, typer.Option(help="Crop and box convention; default: the bundle's own.")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda; default: cuda for TensorRT, cpu for all others.")] = "",
-    device_id: Annotated[int, typer.Option(min=0, help="Which of them.")] = 0,
+    device: DEVICE = "",
+    device_id: DEVICE_ID = 0,
     cuda_binding: Annotated[str | None, typer.Option(help="TensorRT: cuda-python or pycuda; default: what is installed.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads inside one operator; default: one per usable core.")] = None,
+    threads: THREADS = None,
     as_json: Annotated[bool, JSON_OPTION] = False,
 ) -> None:
     """Run bundles on images; print a table or COCO-style JSON, draw pictures."""
@@ -265,10 +269,10 @@ def profile(
     warmup: Annotated[int, typer.Option(min=0, help="Calls that do not count.")] = 50,
     runs: Annotated[int, typer.Option(min=1, help="Calls that do.")] = 200,
     batch: Annotated[int, typer.Option(min=1, help="Inputs in one call of the network.")] = 1,
-    device: Annotated[str, typer.Option(help="cpu or cuda; default: cuda for TensorRT, cpu for all others.")] = "",
-    device_id: Annotated[int, typer.Option(min=0, help="Which of them.")] = 0,
+    device: DEVICE = "",
+    device_id: DEVICE_ID = 0,
     cuda_binding: Annotated[str | None, typer.Option(help="TensorRT: cuda-python or pycuda; default: what is installed.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads inside one operator; default: one per usable core.")] = None,
+    threads: THREADS = None,
     as_json: Annotated[bool, JSON_OPTION] = False,
 ) -> None:
     """Measure how long a bundle's network takes on this machine, and with an image the whole call."""

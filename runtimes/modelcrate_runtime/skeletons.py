@@ -98,3 +98,14 @@ def read_skeleton(text: str) -> KeypointInfo:
         raise ConfigError(f"{path}: expected a skeleton file of MMDeploy, found: too few numbers", hint="--skeleton coco") from error
     except (ValueError, OSError) as error:
         raise ConfigError(f"{path}: expected a skeleton file of MMDeploy, found: {error}", hint="--skeleton coco") from error
+
+
+def require_count(skeleton: KeypointInfo, count: int) -> KeypointInfo:
+    """The skeleton, if it has as many keypoints as a network.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    if len(skeleton.names) != count:
+        raise ConfigError(f"--skeleton: expected {count} keypoints, as the network has, found {len(skeleton.names)}", hint="leave it out")
+    return skeleton

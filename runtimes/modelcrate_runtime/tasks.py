@@ -20,6 +20,7 @@ from modelcrate_runtime.postprocess import BoxDecoder, ClassDecoder, KeypointDec
 from modelcrate_runtime.preprocess import ImageMeta, PlannedCrops, Preprocessor
 from modelcrate_runtime.results import Classification, Detections, Poses, Tensors
 from modelcrate_runtime.sessions import Session, SessionOptions, open_session
+from modelcrate_runtime.skeletons import keypoint_info
 
 if TYPE_CHECKING:
     import os
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike, NDArray
 
+    from modelcrate_bundle.manifest import KeypointInfo
     from modelcrate_bundle.tensors import TensorSpec
     from modelcrate_runtime.geometry import Crop, Geometry
     from modelcrate_runtime.preprocess import Tensor
@@ -424,6 +426,12 @@ class PoseDetector(_Task):
             results.append(Poses(keypoints_xy=poses.keypoints_xy[start:end], scores=poses.scores[start:end]))
             start = end
         return results
+
+    @property
+    def keypoints(self) -> KeypointInfo:
+        """What the keypoints are: from the manifest, else from their number."""
+        manifest = self.bundle.manifest
+        return manifest.keypoints if manifest and manifest.keypoints else keypoint_info(self.keypoint_count)
 
     @functools.cached_property
     def keypoint_count(self) -> int:

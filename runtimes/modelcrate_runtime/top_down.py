@@ -11,7 +11,7 @@ from modelcrate_bundle.errors import ConfigError, TaskMismatchError
 from modelcrate_runtime.draw import draw_classes, draw_detections, draw_poses
 from modelcrate_runtime.geometry import as_boxes
 from modelcrate_runtime.results import Classification, Detections, Poses
-from modelcrate_runtime.skeletons import keypoint_info
+from modelcrate_runtime.skeletons import require_count
 from modelcrate_runtime.tasks import Classifier, Detector, PoseDetector
 
 if TYPE_CHECKING:
@@ -130,10 +130,7 @@ class Runner:
     def keypoints(self) -> KeypointInfo:
         """What the keypoints are: what was chosen, else from the manifest, else from their number."""
         assert self.estimator is not None
-        if self.skeleton is not None:
-            return self.skeleton
-        manifest = self.estimator.bundle.manifest
-        return manifest.keypoints if manifest and manifest.keypoints else keypoint_info(self.estimator.keypoint_count)
+        return self.skeleton or self.estimator.keypoints
 
     def choose_skeleton(self, skeleton: KeypointInfo) -> None:
         """Draw and name the keypoints otherwise than the bundle does.
@@ -141,10 +138,7 @@ class Runner:
         Raises:
             ConfigError: another number of keypoints than the network's, or no pose estimator.
         """
-        found = self.estimator.keypoint_count if self.estimator is not None else 0
-        if len(skeleton.names) != found:
-            raise ConfigError(f"--skeleton: expected {found} keypoints, as the network has, found {len(skeleton.names)}", hint="leave it out")
-        self.skeleton = skeleton
+        self.skeleton = require_count(skeleton, self.estimator.keypoint_count if self.estimator is not None else 0)
 
     @property
     def keypoint_names(self) -> list[str]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from modelcrate_bundle.errors import ConfigError, OutputError
-from modelcrate_runtime.cli import JSON_OPTION, app, consoles, exit_on_error, raise_if_interrupted
+from modelcrate_runtime.cli import DEVICE, DEVICE_ID, JSON_OPTION, THREADS, app, consoles, exit_on_error, raise_if_interrupted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from modelcrate_bundle.manifest import KeypointInfo
-    from modelcrate_runtime.tracker import PoseTracker, TrackedPoses
+    from modelcrate_runtime.tracker import TrackedPoses
     from modelcrate_runtime.video import Progress
 
     Image = NDArray[np.uint8]
@@ -43,9 +42,9 @@ def track(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="A video, pictures like out_%04d.jpg, or a folder. Default: nothing is drawn.")] = None,
     save_json: Annotated[Path | None, _both("save_json", "Write the tracks, one line for each frame, as they are found.")] = None,
     mode: Annotated[Literal["fixed", "sdk"], typer.Option(help="sdk: as MMDeploy's SDK tracks, frame for frame, faults included.")] = "fixed",
-    device: Annotated[str, typer.Option(help="cpu or cuda; default: cuda for TensorRT, cpu for all others.")] = "",
-    device_id: Annotated[int, _both("device_id", "Which of them.", min=0)] = 0,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads inside one operator; default: one per usable core.")] = None,
+    device: DEVICE = "",
+    device_id: DEVICE_ID = 0,
+    threads: THREADS = None,
     output_size: Annotated[int, _both("output_size", "Long edge of what is drawn, in pixels; 0 keeps the frames'.", min=0)] = 0,
     flip: Annotated[int, typer.Option(min=0, max=1, help="1 mirrors the frames first.")] = 0,
     show: Annotated[int, typer.Option(help="Show the frames in a window and wait so many milliseconds after each; -1 shows none.")] = -1,
@@ -73,7 +72,7 @@ def track(
     """Track the people in a video: keypoints and identities, drawn or as JSON."""
     with exit_on_error():
         from modelcrate_runtime.draw import draw_tracks
-        from modelcrate_runtime.skeletons import keypoint_info, read_skeleton
+        from modelcrate_runtime.skeletons import read_skeleton, require_count
         from modelcrate_runtime.tracker import PoseTracker
         from modelcrate_runtime.video import JsonLines, fitted, open_sink, open_source, track_video
 
@@ -84,7 +83,7 @@ def track(
         frames = open_source(source, frame_rate=frame_rate, size_wh=_size(input_size) if input_size else None)
         window = _window(show) if show >= 0 else None
         with PoseTracker(det, pose, device, device_id, mode=mode, threads=threads) as tracker:
-            keypoints = _matching(own_skeleton, tracker) or keypoint_info(tracker.estimator.keypoint_count)
+            keypoints = tracker.estimator.keypoints if own_skeleton is None else require_count(own_skeleton, tracker.estimator.keypoint_count)
             state = tracker.create_state(
                 det_interval=det_interval, det_label=det_label, det_thr=det_thr, det_min_bbox_size=det_min_bbox_size, det_nms_thr=det_nms_thr,
                 pose_max_num_bboxes=pose_max_num_bboxes, pose_kpt_thr=pose_kpt_thr, pose_min_keypoints=pose_min_keypoints, pose_bbox_scale=pose_bbox_scale,
@@ -127,28 +126,16 @@ def track(
                 consoles()[1].print(f"wrote {path}", style="dim", soft_wrap=True)
 
 
-def _matching(chosen: KeypointInfo | None, tracker: PoseTracker) -> KeypointInfo | None:
-    """The skeleton that was asked for, if it has as many keypoints as the network; else the bundle's own, if it has one."""
-    manifest = tracker.estimator.bundle.manifest
-    if chosen is None:
-        return manifest.keypoints if manifest is not None else None
-    if len(chosen.names) != tracker.estimator.keypoint_count:
-        raise ConfigError(
-            f"--skeleton: expected {tracker.estimator.keypoint_count} keypoints, as the network has, found {len(chosen.names)}", hint="leave it out"
-        )
-    return chosen
-
-
 def _check_place(option: str, place: Path, source: str) -> None:
     """Results must not be written over the frames, or between them, where the next run would take them for frames."""
     from modelcrate_runtime.images import IMAGE_SUFFIXES
+    from modelcrate_runtime.video import numbered_name
 
     origin, suffix = Path(source), place.suffix.lower()
     folder = place.parent if suffix in IMAGE_SUFFIXES else place
     is_taken = place.resolve() == origin.resolve() or (origin.is_dir() and folder.resolve() == origin.resolve())
     if not origin.exists() and folder.resolve() == origin.parent.resolve():  # a pattern of pictures
-        number = "%06d.jpg" if folder == place else place.name if "%" in place.name else f"{place.stem}_%06d{place.suffix}"
-        is_taken = is_taken or fnmatch.fnmatch(re.sub(r"%\d*d", "000000", number), origin.name)
+        is_taken = is_taken or fnmatch.fnmatch(re.sub(r"%\d*d", "000000", numbered_name(place)), origin.name)
     if is_taken and source != "-":
         raise OutputError(f"{option} {place}: expected another place than the frames', found {source}", hint=f"{option} results/")
 

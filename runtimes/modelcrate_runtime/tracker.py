@@ -17,7 +17,7 @@ import numpy as np
 from modelcrate_bundle.errors import ConfigError, InputError
 from modelcrate_runtime.results import Detections, Poses
 from modelcrate_runtime.tasks import Detector, PoseDetector
-from modelcrate_runtime.tracking import Mode, MotionFilter, Smoother, areas, assign, iou, keypoint_box, oks, suppress
+from modelcrate_runtime.tracking import GATE, Mode, MotionFilter, Smoother, areas, assign, iou, keypoint_box, oks, suppress
 
 if TYPE_CHECKING:
     import os
@@ -289,7 +289,7 @@ class TrackerState:
                 if owner not in {-1, track.id}:
                     continue
                 distances = track.motion.distances(keypoints[i])
-                inside = distances[distances < np.float32(5.9915)]
+                inside = distances[distances < GATE]
                 if len(inside) >= max(self._least_keypoints(len(distances)), 0) and len(inside):
                     by_keypoints[i, j] = -(inside.mean(dtype=np.float32) - np.float32(len(inside)) / np.float32(len(distances)))
                 by_boxes[i, j] = overlaps[i, j]

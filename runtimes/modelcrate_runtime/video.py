@@ -243,14 +243,21 @@ def open_sink(path: Path, *, frame_rate: float) -> Sink:
     if suffix in _CODECS:
         return _Video(path, frame_rate)
     if suffix in IMAGE_SUFFIXES:
-        name = path.name if "%" in path.name else f"{path.stem}_%06d{path.suffix}"
+        name = numbered_name(path)
         pattern = str(path.with_name(name)) if path.parent == Path() else str(path.parent).replace("%", "%%") + os.sep + name
         try:
             _ = pattern % 0
         except (TypeError, ValueError) as error:
             raise OutputError(f"{path}: expected one number in the name, like out_%04d.jpg, found another pattern") from error
         return _NumberedPictures(pattern)
-    return _NumberedPictures(str(path).replace("%", "%%") + os.sep + "%06d.jpg")
+    return _NumberedPictures(str(path).replace("%", "%%") + os.sep + numbered_name(path))
+
+
+def numbered_name(path: Path) -> str:
+    """The name of each picture in a folder, or of those that a picture's path stands for, with the place of its number: "out_%06d.png"."""
+    if not path.suffix:
+        return "%06d.jpg"
+    return path.name if "%" in path.name else f"{path.stem}_%06d{path.suffix}"
 
 
 class _Video:

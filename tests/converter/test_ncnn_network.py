@@ -17,7 +17,8 @@ from modelcrate_bundle.errors import ExportError
 from modelcrate_converter.config import load_config
 from modelcrate_converter.convert import ConvertOptions, convert
 from modelcrate_converter.models.blueprints import random_weights, rtmdet_shapes, rtmpose_shapes
-from modelcrate_converter.ncnn_network import LEVELS, Layer, QuantizedConvolution, float_weights, quantize_convolutions, read_network, write_network
+from modelcrate_converter.ncnn_network import LEVELS, Layer, float_weights, quantize_convolutions, read_network, write_network
+from modelcrate_converter.quantization import QuantizedConvolution
 from modelcrate_runtime.sessions import BACKENDS, SessionOptions, open_artefact
 
 Network = tuple[str, bytes]
@@ -143,7 +144,9 @@ SMALL = param(
     "Flatten flat 1 1 d e",
     "Gemm gemm 1 1 e y 4=0 5=1 6=1 7=1 8=2 9=160 10=4",
 )
-CONTENT = tagged(floats(15)) + floats(5).tobytes() + tagged(floats(45), 0) + floats(5).tobytes() + floats(160).tobytes() + tagged(floats(320)) + tagged(floats(2))
+CONTENT = (
+    tagged(floats(15)) + floats(5).tobytes() + tagged(floats(45), 0) + floats(5).tobytes() + floats(160).tobytes() + tagged(floats(320)) + tagged(floats(2))
+)
 
 
 def is_read_or_refused(text: str, content: bytes) -> bool:
@@ -185,7 +188,9 @@ def test_a_text_that_ends_early_is_read_or_refused(cut: int) -> None:
     length=st.integers(0, 12),
     put=st.one_of(
         st.text(max_size=6),
-        st.sampled_from(["-1", "-233", "99999999999999999999999", "4611686018427387904", "=", "6=-1", "0=0", "\n", " ", "\n\n", "1e9", "nan", "LSTM", "Embed", "\0"]),
+        st.sampled_from(
+            ["-1", "-233", "99999999999999999999999", "4611686018427387904", "=", "6=-1", "0=0", "\n", " ", "\n\n", "1e9", "nan", "LSTM", "Embed", "\0"]
+        ),
     ),
 )
 def test_a_text_that_was_changed_is_read_or_refused(at: int, length: int, put: str) -> None:

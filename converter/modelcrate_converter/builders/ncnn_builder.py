@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Final
 from modelcrate_bundle.errors import BundleError, ConfigError, ExportError, MissingBackendError
 from modelcrate_converter.builders import BackendArtifact
 from modelcrate_converter.exportable import BoxesFacts, DetectorFacts
-from modelcrate_converter.ncnn_network import QuantizedConvolution, quantize_convolutions, read_network, write_network
-from modelcrate_converter.quantization import dequantized
+from modelcrate_converter.ncnn_network import quantize_convolutions, read_network, write_network
+from modelcrate_converter.quantization import QuantizedConvolution, dequantized
 from modelcrate_runtime.sessions import SessionOptions, open_artefact
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     from modelcrate_runtime.sessions import SessionOptions
 
-_MAGIC: Final = "7767517"
+MAGIC: Final = "7767517"
+"""The first line of a `.param`."""
 _PRECISIONS: Final = ("fp32", "fp16", "int8")
 
 
@@ -163,9 +164,9 @@ def _layers(path: Path, kinds: tuple[str, ...]) -> list[tuple[str, str, dict[int
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise BundleIntegrityError(f"{path}: expected an ncnn .param file, found: {error}", hint="copy the bundle again, or convert again") from error
-    if not lines or lines[0].strip() != _MAGIC:
+    if not lines or lines[0].strip() != MAGIC:
         raise BundleIntegrityError(
-            f"{path}: expected an ncnn .param file that begins with {_MAGIC}, found another", hint="copy the bundle again, or convert again"
+            f"{path}: expected an ncnn .param file that begins with {MAGIC}, found another", hint="copy the bundle again, or convert again"
         )
     found = []
     for line in lines[2:]:
