@@ -811,7 +811,7 @@ def test_the_script_in_pnnxs_place_is_what_runs(pose: Path, tmp_path: Path, pnnx
         (f"{WRITES} printf '7767517\\n2 2\\nInput in0 0 1 in0\\nReLU r 1 1 in0 out0\\n' > $p", "expected the outputs .*simcc_y.*, found .'simcc_x'."),
         (f"{WRITES} printf '7767517\\n2 2\\nInput in0 0 1 in0\\nWhatever r 1 1 in0 out0\\n' > $p", "expected ncnn to succeed, found exit code 1: .*layer Whatever"),
         (f"{WRITES} printf '7767517\\n2 2\\nInput in0 0 1 in0\\ntorch.x r 1 1 in0 out0\\n' > $p", "expected ncnn layers, found torch.x"),
-        (f"{WRITES} printf '7767517\\n2 2\\nInput in0 0 1 in0\\nMatMul m 1 1 in0 out0\\n' > $p", r"expected ncnn to end by itself, found that it crashed \(SIG"),
+        (f"{WRITES} printf '7767517\\n2 2\\nInput in0 0 1 in0\\nMatMul m 0 1 out0\\n' > $p", r"expected ncnn to end by itself, found that it crashed \(SIG"),
     ],
     ids=[
         "fails", "another code", "crashes", "aborts", "a nameless signal", "prints no text", "does nothing", "only says so", "only weights", "empty", "garbage",
