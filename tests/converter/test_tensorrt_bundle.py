@@ -222,10 +222,26 @@ def test_a_cache_that_cannot_be_written_is_no_error(crate_of: Callable[[str, str
 def test_tensorrt_for_rtx_has_no_timing_cache(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It deprecates the calls, which do nothing."""
     monkeypatch.setenv("MODELCRATE_CACHE", str(tmp_path / "cache"))
-    with machine(name="tensorrt_rtx", version="1.7.1.116"):
+    with machine(name="tensorrt_rtx", version="1.7.1.116", gpu=Gpu(name="RTX 4090", capability=(8, 9))):
         manifest = manifest_of(built("demo-pose", load_config("tensorrt-rtx"), tmp_path / "out"))
     assert (manifest.backend, manifest.parity.passed) == ("tensorrt_rtx", True)
     assert not (tmp_path / "cache").exists()
+
+
+def test_tensorrt_for_rtx_is_not_built_for_a_gpu_that_it_does_not_run_on(tmp_path: Path) -> None:
+    """As on an H100; without the comparison it is built as on a machine without a GPU, for those that it does run on."""
+    with machine(name="tensorrt_rtx", version="1.7.1.116", gpu=Gpu(name="H100", capability=(9, 0))):
+        with pytest.raises(MissingBackendError, match=r"building for tensorrt_rtx: expected a GPU that TensorRT for RTX runs on .* found 9\.0 \(H100\)") as caught:
+            convert(DEMO_MODELS["demo-pose"], [load_config("tensorrt-rtx")], ConvertOptions(out=tmp_path))
+        assert "-t tensorrt-fp16" in caught.value.hint
+        assert "--no-verify" in caught.value.hint
+        (conversion,) = convert(DEMO_MODELS["demo-pose"], [load_config("tensorrt-rtx")], ConvertOptions(out=tmp_path, verify=False))
+        assert conversion.error is None
+        record = manifest_of(Bundle.open(conversion.place)).engine
+        assert record is not None
+        assert (record.gpu, record.is_inspected) == ("", False)
+        with pytest.raises(UnsupportedBundleError, match="runs on"):
+            PoseDetector(conversion.place)
 
 
 # ------------------------------------------------------------------------------------------------------------------------ options

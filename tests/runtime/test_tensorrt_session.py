@@ -612,14 +612,18 @@ def test_a_version_compatible_engine_runs_within_its_major_version() -> None:
         check_engine(record, version=VERSION, gpu=HERE, where="bundle")
 
 
-def test_an_engine_of_tensorrt_for_rtx_runs_on_every_gpu_from_ampere_on() -> None:
-    """NVIDIA's page on its engines: by default they are for compute capabilities 8.0, 8.6, 8.9, 12.0 and later, wherever they were built; not for Turing."""
+def test_an_engine_of_tensorrt_for_rtx_runs_on_every_gpu_that_it_supports() -> None:
+    """As 1.7.1.116 says itself: 8.0, 8.6, 8.9, 12.0, 12.1 and newer, wherever they were built; not Turing, and of the data centres' GPUs not Hopper and its
+    Blackwell. To build again would not help, and nobody says so."""
     record = replace_record(RECORD, library="tensorrt_rtx", version="1.7.1.116", gpu="RTX 4090", compute_capability="8.9")
-    for capability in ((8, 6), (8, 9), (12, 0)):
+    for capability in ((8, 0), (8, 6), (8, 9), (12, 0), (12, 1), (13, 0)):
         check_engine(record, version="1.7.1.116", gpu=replace(HERE, name="RTX", compute_capability=capability), where="bundle")
     for one in (record, replace_record(record, gpu="", compute_capability="")):
-        with pytest.raises(UnsupportedBundleError, match=r"compute capability: expected 8\.0 or newer, found 7\.5"):
-            check_engine(one, version="1.7.1.116", gpu=replace(HERE, name="RTX 2080", compute_capability=(7, 5)), where="bundle")
+        for capability in ((7, 5), (8, 7), (9, 0), (10, 0)):
+            with pytest.raises(UnsupportedBundleError, match=r"expected a GPU that TensorRT for RTX runs on .*8\.9, or 12\.0 and newer\), found [0-9.]+ \(H100\)") as caught:
+                check_engine(one, version="1.7.1.116", gpu=replace(HERE, name="H100", compute_capability=capability), where="bundle")
+            assert "rebuild" not in caught.value.hint
+            assert "-t tensorrt-fp16" in caught.value.hint
 
 
 def test_another_gpu_of_the_same_kind_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol, cast
 
-from modelcrate_bundle.errors import ConfigError, MissingBackendError
+from modelcrate_bundle.errors import ConfigError, MissingBackendError, UnsupportedBundleError
 from modelcrate_bundle.tensors import TensorSpec
 from modelcrate_converter.progress import ignore
 from modelcrate_runtime.sessions import BACKENDS, SessionOptions
 from modelcrate_runtime.sessions.cuda_device import find_gpu, require_binding
+from modelcrate_runtime.sessions.tensorrt_session import check_gpu
 
 if TYPE_CHECKING:
     from modelcrate_bundle.manifest import EngineRecord
@@ -117,13 +118,15 @@ def check_can_build(backend: str, precision: str = "fp32", *, verify: bool = Tru
         hint = f"pip install 'modelcrate[convert,{','.join(extras)}]'" if missing != ["tensorrt"] else BACKENDS[backend].install_command
         raise MissingBackendError(f"building for {backend} needs {', '.join(missing)}, not installed", hint=hint)
     if builder.needs_gpu and verify:
+        dry = "--dry-run goes as far as is possible without one; --no-verify writes what nobody has run"
         try:
-            find_gpu(device_id)
+            gpu = find_gpu(device_id)
         except MissingBackendError as error:
-            raise MissingBackendError(
-                f"building for {backend}: {error}, to run the engine on and compare it with PyTorch",
-                hint="--dry-run goes as far as is possible without one; --no-verify writes what nobody has run",
-            ) from error
+            raise MissingBackendError(f"building for {backend}: {error}, to run the engine on and compare it with PyTorch", hint=dry) from error
+        try:
+            check_gpu(backend, gpu, where=f"building for {backend}")
+        except UnsupportedBundleError as error:
+            raise MissingBackendError(str(error), hint=f"{error.hint}; {dry}") from error
         require_binding()
 
 

@@ -26,7 +26,7 @@ from modelcrate_converter.exportable import BoxesFacts, DetectorFacts
 from modelcrate_converter.progress import Advanced, Noted, Report
 from modelcrate_converter.suppression import suppressed
 from modelcrate_runtime.sessions.cuda_device import Gpu, find_gpu, open_cuda
-from modelcrate_runtime.sessions.tensorrt_session import check_engine, make_logger, this_platform
+from modelcrate_runtime.sessions.tensorrt_session import check_engine, check_gpu, make_logger, this_platform
 
 if TYPE_CHECKING:
     from modelcrate_bundle.tensors import TensorSpec
@@ -249,7 +249,7 @@ def import_library(name: str) -> Any:
 
 
 def gpu_or_none(config: DeployConfig) -> Gpu | None:
-    """The GPU that the config names; None where there is none at all.
+    """The GPU that the config names; None where there is none at all, or one that the library cannot run on.
 
     Raises:
         MissingBackendError: there are GPUs, and not so many.
@@ -258,7 +258,12 @@ def gpu_or_none(config: DeployConfig) -> Gpu | None:
         find_gpu()
     except MissingBackendError:
         return None
-    return find_gpu(config.tensorrt.device_id)
+    gpu = find_gpu(config.tensorrt.device_id)
+    try:
+        check_gpu(config.backend, gpu, where=config.target)
+    except UnsupportedBundleError:
+        return None
+    return gpu
 
 
 def fits(record: EngineRecord, config: DeployConfig) -> bool:

@@ -32,6 +32,11 @@ if TYPE_CHECKING:
 
 _LOG: Final = logging.getLogger(__name__)
 _AMPERE: Final = (8, 0)
+_RTX_CAPABILITIES: Final = ((8, 0), (8, 6), (8, 9))
+_RTX_FROM: Final = (12, 0)
+"""What TensorRT for RTX 1.7.1.116 runs on, in its own words on an H100: "The engine cannot run on this GPU, which has compute capability 9.0. Supported compute
+capabilities: 8.0 8.6 8.9 12.0 12.1 >12.0. TensorRT-RTX does not support this compute capability, so the engine cannot be rebuilt for it."
+"""
 _MOST_GRAPHS: Final = 4
 """Shapes that are kept as CUDA graphs. Each has an execution context of its own, since a graph refers to what its context was set to when it was recorded;
 and a context has the activations' memory."""
@@ -42,6 +47,27 @@ Array = np.ndarray[Any, np.dtype[Any]]
 def this_platform() -> str:
     """Operating system and processor, as engines are recorded for them: "linux-x86_64"."""
     return f"{platform.system()}-{platform.machine()}".lower()
+
+
+def check_gpu(library: str, gpu: Gpu, *, where: str) -> None:
+    """Refuse a GPU that the library has no engines for, so that none can be built for it either.
+
+    Args:
+        library: "tensorrt" or "tensorrt_rtx".
+        gpu: the GPU here.
+        where: what needs it, for the message.
+
+    Raises:
+        UnsupportedBundleError: TensorRT for RTX and a GPU of before Ampere, or of a data centre from Hopper on.
+    """
+    capability = gpu.compute_capability
+    if library == "tensorrt_rtx" and capability not in _RTX_CAPABILITIES and capability < _RTX_FROM:
+        some = ", ".join(".".join(map(str, one)) for one in _RTX_CAPABILITIES)
+        raise UnsupportedBundleError(
+            f"{where}: expected a GPU that TensorRT for RTX runs on (compute capability {some}, or 12.0 and newer), "
+            f"found {'.'.join(map(str, capability))} ({gpu.name})",
+            hint="TensorRT itself runs on it: modelcrate convert ... -t tensorrt-fp16",
+        )
 
 
 def check_engine(record: EngineRecord, *, version: str, gpu: Gpu, where: str) -> None:
@@ -66,9 +92,8 @@ def check_engine(record: EngineRecord, *, version: str, gpu: Gpu, where: str) ->
             f"{record.library}: expected version {record.version}{' or newer, of the same major version' if record.version_compatible else ''}, found {version}"
         )
     elif record.library == "tensorrt_rtx":
-        # Its engines are for every GPU from Ampere on, wherever they were built, and are compiled to the end when they are loaded.
-        if gpu.compute_capability < _AMPERE:
-            wrong = f"compute capability: expected 8.0 or newer, found {capability} ({gpu.name})"
+        # Its engines are for every GPU that it runs on, wherever they were built, and are compiled to the end when they are loaded.
+        check_gpu(record.library, gpu, where=where)
     elif record.hardware_compatibility == "ampere+" and gpu.compute_capability < _AMPERE:
         wrong = f"compute capability: expected 8.0 or newer, found {capability} ({gpu.name})"
     elif record.compute_capability and record.hardware_compatibility != "ampere+" and record.compute_capability != capability:
@@ -141,6 +166,7 @@ class TensorRTSession:
             raise ConfigError("providers: expected none for TensorRT, found some: they are ONNX Runtime's")
         path, record = files["net"], options.built_for
         gpu = find_gpu(options.device_id)
+        check_gpu(library, gpu, where=str(path.parent))
         if record is not None:
             check_engine(record, version=trt.__version__, gpu=gpu, where=str(path.parent))
         try:
@@ -210,8 +236,20 @@ class TensorRTSession:
             else:
                 self._reserve(name, shape)
 
-    def _new_context(self) -> Any:
-        context = self._engine.create_execution_context()
+    def _new_context(self, *, is_recorded: bool = False) -> Any:
+        """An execution context.
+
+        Args:
+            is_recorded: it is for a CUDA graph. TensorRT for RTX compiles kernels for a shape in the background while it runs slower ones; a graph would keep
+                the slower ones for good, so for a graph they are compiled at once.
+        """
+        strategies = getattr(self._trt, "DynamicShapesKernelSpecializationStrategy", None)  # TensorRT for RTX alone has it
+        if is_recorded and strategies is not None:
+            config = self._engine.create_runtime_config()
+            config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
+            context = self._engine.create_execution_context(config)
+        else:
+            context = self._engine.create_execution_context()
         if context is None:
             raise InputError(f"TensorRT: expected memory for the engine on the GPU, found none: {_last(self._logger)}", hint="free some of it")
         return context
@@ -327,7 +365,7 @@ class TensorRTSession:
         elif shapes in self._graphs or not self._wants_graphs or self._allocator is not None or len(self._graphs) >= _MOST_GRAPHS:
             work(self._context)
         else:
-            context = self._new_context()
+            context = self._new_context(is_recorded=True)
             for name, shape in zip(self._takes, shapes, strict=True):
                 context.set_input_shape(name, shape)
             for buffer in self._buffers.values():
