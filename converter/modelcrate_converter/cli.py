@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,19 +11,20 @@ import typer
 from modelcrate_bundle.errors import ConfigError, MissingBackendError, ModelcrateError
 from modelcrate_bundle.schema import write_record
 from modelcrate_converter.console import Progress, print_conversion, print_failure, print_parity, print_summary
+from modelcrate_converter.locate import locate, open_checkpoint
 from modelcrate_runtime import track_cli  # noqa: F401  # its command
 from modelcrate_runtime.cli import JSON_OPTION, app, backend_rows, consoles, exit_on_error, print_backends, raise_if_interrupted
+from modelcrate_runtime.subjects import know_checkpoints
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from modelcrate_bundle.bundle import Bundle
     from modelcrate_converter.config import DeployConfig
     from modelcrate_converter.convert import Conversion, ConvertOptions
     from modelcrate_converter.exportable import ExportableModel
     from modelcrate_converter.parity import ParityImage
-    from modelcrate_converter.progress import Event
     from modelcrate_runtime.accuracy import Dataset
+
+know_checkpoints(open_checkpoint)
 
 
 @app.command()
@@ -321,7 +321,7 @@ def _with_reference(
     opened = Bundle.open(bundle)
     opened.verify()
     with Progress(consoles()[1]) as progress:
-        path, _ = _located(reference, ConvertOptions(out=Path(), spec=spec), offline=offline, sha256=None, report=progress.show)
+        path, _ = locate(reference, ConvertOptions(out=Path(), spec=spec), offline=offline, sha256=None, report=progress.show)
     assert path is not None  # only an empty text has no file
     original = read_reference(opened, path, model_config=model_config, spec=spec, builder=model)
     return opened, original, [given_image(file, read_image(file)) for file in image or []] or procedural_images()
@@ -506,7 +506,7 @@ def _convert_all(
         progress = Progress(errors)
         try:
             with progress:
-                path, chosen = _located(text, options, offline=offline, sha256=sha256, report=progress.show)
+                path, chosen = locate(text, options, offline=offline, sha256=sha256, report=progress.show)
                 errors.print(path.name if path is not None else str(options.builder), style="bold")
                 made = convert_one(path, configs, chosen, progress.show, taken=owners)
         except ModelcrateError as error:
@@ -522,32 +522,6 @@ def _convert_all(
             if conversion.error is not None and len(checkpoints) * len(configs) > 1:
                 print_failure(errors, conversion.error)
     return conversions, failures
-
-
-def _located(text: str, options: ConvertOptions, *, offline: bool, sha256: str | None, report: Callable[[Event], None]) -> tuple[Path | None, ConvertOptions]:
-    """The file behind what the user wrote, if any, and the options with what its name says. A file wins over a name."""
-    from modelcrate_converter.demo import DEMO_MODELS
-    from modelcrate_converter.download import default_cache_dir, download
-    from modelcrate_converter.zoo import fetch_model, find_model, nearest_names
-
-    if not text:
-        return None, options
-    if "://" in text:
-        return download(text, cache_dir=default_cache_dir(), sha256=sha256, offline=offline, report=report), options
-    path = Path(text)
-    if path.exists() or path.suffix or options.spec is not None:
-        return path, options
-    if text in DEMO_MODELS:
-        return DEMO_MODELS[text], replace(options, name=options.name or text)
-    model = find_model(text)
-    if model is None:
-        near = [name for name in (*DEMO_MODELS, *nearest_names(text)) if name in nearest_names(text)]
-        raise ConfigError(
-            f"{text}: expected a checkpoint file or the name of a published model, found neither",
-            hint=f"did you mean {' or '.join(near)}?" if near else "check the path; modelcrate zoo list shows the names",
-        )
-    file = fetch_model(model, cache_dir=default_cache_dir(), offline=offline, report=report)
-    return file, replace(options, name=options.name or model.name, keypoints=model.keypoints)
 
 
 def _as_json(checkpoint: str, conversion: Conversion) -> dict[str, Any]:

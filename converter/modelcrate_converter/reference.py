@@ -10,13 +10,14 @@ import numpy as np
 import torch
 
 from modelcrate_bundle.bundle import Bundle
-from modelcrate_bundle.errors import ConfigError, InputError
+from modelcrate_bundle.errors import ConfigError, InputError, MissingBackendError
 from modelcrate_bundle.manifest import Manifest, ParityRecord, Provenance
 from modelcrate_converter.builders import BackendArtifact
 from modelcrate_converter.config import DeployConfig
 from modelcrate_converter.describe import describe_deploy, describe_pipeline
 from modelcrate_converter.exportable import BoxesFacts
 from modelcrate_runtime.accuracy import Accuracy, Dataset, evaluate_boxes, evaluate_keypoints
+from modelcrate_runtime.subjects import Subject
 from modelcrate_runtime.tasks import Classifier, Detector, Network, PoseDetector
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ _TASKS: Final[Mapping[str, type[Task]]] = {"Detector": Detector, "PoseDetector":
 
 
 class TorchSession:
-    """A checkpoint's network in eager PyTorch, float32 on the CPU, as a `Session`.
+    """A checkpoint's network in eager PyTorch, float32, as a `Session`.
 
     Attributes:
         inputs: the network's input.
@@ -40,8 +41,24 @@ class TorchSession:
         streams: always 1.
     """
 
-    def __init__(self, model: ExportableModel) -> None:
+    def __init__(self, model: ExportableModel, *, device: str = "", threads: int | None = None) -> None:
+        """Take the network.
+
+        Args:
+            model: what a checkpoint is.
+            device: "cpu", "cuda" or "cuda:N" to run on; empty is the CPU.
+            threads: inside one operator, of this whole process; None leaves it as it is.
+
+        Raises:
+            MissingBackendError: a PyTorch without CUDA, or without a GPU.
+        """
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise MissingBackendError(f"PyTorch: expected to run on {device}, found no GPU that this PyTorch can use", hint="--device cpu")
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self._device = torch.device(device or "cpu")
         self._model: ExportableModel | None = model
+        model.module.to(self._device)
         self.inputs: tuple[TensorSpec, ...] = (model.input,)
         self.outputs: tuple[TensorSpec, ...] = tuple(model.outputs)
         self.streams = 1
@@ -58,8 +75,8 @@ class TorchSession:
         if feeds.keys() != {name}:
             raise InputError(f"PyTorch: expected the input {name}, found {', '.join(feeds)}")
         with torch.inference_mode():
-            values = self._model.module(torch.from_numpy(np.array(feeds[name])))  # a copy: a network may change its input
-        found: dict[str, NDArray[Any]] = {spec.name: value.numpy() for spec, value in zip(self.outputs, values, strict=True)}
+            values = self._model.module(torch.from_numpy(np.array(feeds[name])).to(self._device))  # a copy: a network may change its input
+        found: dict[str, NDArray[Any]] = {spec.name: value.cpu().numpy() for spec, value in zip(self.outputs, values, strict=True)}
         return found
 
     run_beside = run
@@ -102,16 +119,40 @@ def open_unpacked(model: ExportableModel, artifact: BackendArtifact, session: Se
 
 def open_reference(model: ExportableModel) -> Task:
     """The checkpoint itself as a task: PyTorch's network between the runtime's preprocessing and its decoders, in exact geometry."""
-    session = TorchSession(model)
+    return open_around(model, TorchSession(model))
+
+
+def open_around(model: ExportableModel, session: Session) -> Task:
+    """The task of a checkpoint around its network, or what stands for it."""
     artifact = BackendArtifact(
         backend="pytorch",
         files={"net": Path(model.checkpoint[0] or model.name)},
         precision="fp32",
-        inputs=session.inputs,
-        outputs=session.outputs,
+        inputs=(model.input,),
+        outputs=tuple(model.outputs),
         has_nms=isinstance(model.postprocess, BoxesFacts),
     )
     return open_unpacked(model, artifact, session)
+
+
+def subject_of(model: ExportableModel, file: Path) -> Subject:
+    """A checkpoint as something to measure beside its bundles.
+
+    Args:
+        model: what it is.
+        file: where its weights are, for their size.
+    """
+    return Subject(
+        name=f"{model.name}_pytorch",
+        backend="pytorch",
+        precision="fp32",
+        size_bytes=file.stat().st_size,
+        bundle=None,
+        open_network=lambda options: TorchSession(
+            model, device=f"cuda:{options.device_id}" if options.device == "cuda" else options.device, threads=options.threads
+        ),
+        open_around=lambda session: open_around(model, session),
+    )
 
 
 def measure_accuracy(task: Task, dataset: Dataset, report: Callable[[int, int], None] | None = None) -> Accuracy:

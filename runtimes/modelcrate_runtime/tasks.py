@@ -507,7 +507,7 @@ class Network(_Task):
 
 
 def open_task(
-    bundle: Bundle, device_name: str = "", device_id: int = 0, *, threads: int | None = None, cuda_binding: str | None = None
+    bundle: Bundle, device_name: str = "", device_id: int = 0, *, threads: int | None = None, cuda_binding: str | None = None, session: Session | None = None
 ) -> Detector | PoseDetector | Classifier | Network:
     """Load a bundle in the class of its task; the arguments are those of the class.
 
@@ -523,7 +523,7 @@ def open_task(
     kind = kinds.get(bundle.pipeline.postprocess.module)
     if kind is None:
         raise TaskMismatchError(f"{bundle.root}: expected one of {', '.join(kinds)}, found a bundle of {bundle.pipeline.postprocess.module}")
-    return kind(bundle, device_name, device_id, threads=threads, cuda_binding=cuda_binding)
+    return kind(bundle, device_name, device_id, threads=threads, cuda_binding=cuda_binding, session=session)
 
 
 def _render(planned: Sequence[PlannedCrops], part: range, *, beside: bool) -> Tensor:
