@@ -90,7 +90,7 @@ def write_image(path: Path, image: NDArray[np.uint8]) -> None:
         if not done:
             raise OutputError(f"{path}: OpenCV could not encode the picture")
         data = encoded.tobytes()
-    _write(path, data)
+    write_bytes(path, data)
 
 
 def write_arrays(path: Path, arrays: Mapping[str, NDArray[np.generic]]) -> None:
@@ -105,10 +105,10 @@ def write_arrays(path: Path, arrays: Mapping[str, NDArray[np.generic]]) -> None:
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as stream:
                 np.lib.format.write_array(stream, array, allow_pickle=False)
-    _write(path, content.getvalue())
+    write_bytes(path, content.getvalue())
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes) -> None:
     """The whole file or none."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
