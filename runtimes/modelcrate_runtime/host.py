@@ -175,9 +175,11 @@ def _cpu_info() -> dict[str, str]:
 
 def _memory_bytes() -> int | None:
     lines = (_text(Path("/proc/meminfo")) or "").splitlines()
-    limits = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal:")]
+    of_machine = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal:")), None)
     of_container = _number(Path("/sys/fs/cgroup/memory.max"))
-    return int(min([*limits, *([of_container] if of_container is not None else [])])) if limits else None
+    if of_machine is None or of_container is None:
+        return of_machine
+    return min(of_machine, int(of_container))
 
 
 def _energy_j() -> float | None:

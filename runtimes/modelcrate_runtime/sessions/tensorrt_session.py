@@ -478,7 +478,8 @@ class TensorRTSession:
             self._graphs.clear()
             self._recorded.clear()
             self._context = self._engine = self._runtime = self._allocator = None
-            self._buffers.clear()
+            with self._cuda.active():
+                self._buffers.clear()  # PyCUDA frees pinned memory where its context is current, or in the thread that opened it, and nowhere else
             self._cuda.close()
 
 
