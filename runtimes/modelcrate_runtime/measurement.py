@@ -229,7 +229,7 @@ def doubts(seconds: Sequence[float], load: Load | None = None) -> list[Doubt]:
         load: what else the machine did.
     """
     values = np.asarray(seconds, dtype=np.float64)
-    found = [check for check in (_few(values), _drift(values), _two_modes(values), _spread(values)) if check is not None]
+    found = [check for check in (_few(values), _drift(values), _two_modes(values), _spread(values), _tail(values)) if check is not None]
     return found + _of_load(load or Load())
 
 
@@ -280,6 +280,14 @@ def _spread(values: NDArray[np.float64]) -> Doubt | None:
     if len(values) < 5 or high - low <= 0.1 * median:
         return None
     return Doubt(kind="spread", what=f"the middle half of the calls differs by {(high - low) / median:.0%}", do="more --runs, fewer other programs")
+
+
+def _tail(values: NDArray[np.float64]) -> Doubt | None:
+    mean, median = float(values.mean()), float(np.median(values))
+    if len(values) < 5 or mean <= 1.25 * median:
+        return None
+    what = f"some calls took far longer than most: {1e3 * mean:.2f} ms in the mean, {1e3 * median:.2f} in the median"
+    return Doubt(kind="tail", what=what, do="fewer --threads than cores where other programs run; look at the slowest calls before a mean is quoted")
 
 
 def _of_load(load: Load) -> list[Doubt]:

@@ -53,9 +53,9 @@ def profile(
         options = ProfileOptions(
             warmup=warmup,
             runs=runs,
-            batches=_numbers("--batch", batch) or (1,),
-            streams=_numbers("--streams", streams),
-            threads=_numbers("--threads", threads) or (None,),
+            batches=numbers("--batch", batch) or (1,),
+            streams=numbers("--streams", streams),
+            threads=numbers("--threads", threads) or (None,),
             layers=min(runs, 30) if layers else 0,
             cold=cold,
             device=device,
@@ -137,7 +137,12 @@ def split_inputs(inputs: Sequence[str]) -> tuple[list[str], list[Path]]:
     return list(inputs[:first]), [file for text in inputs[first:] for file in image_files(Path(text))]
 
 
-def _numbers(option: str, text: str) -> tuple[int, ...]:
+def numbers(option: str, text: str) -> tuple[int, ...]:
+    """Whole numbers from 1 on with commas between them; none of an empty text.
+
+    Raises:
+        ConfigError: something else.
+    """
     try:
         found = tuple(int(word) for word in text.split(",") if word.strip())
     except ValueError:

@@ -288,7 +288,7 @@ def profile(
         cold=cold,
         layers=layers,
         joules=energy / (options.warmup + options.runs) if energy is not None else None,
-        doubts=doubts(samples["call"], load),
+        doubts=doubts(samples["call"], load) + [doubt for row in rows for doubt in _of_row(row)],
         samples=samples,
         load=load,
         host=read_host(),
@@ -425,6 +425,13 @@ def _stages(
                 samples.setdefault(stage, []).append(seconds)
         report(i + 1, options.warmup + options.runs)
     return samples
+
+
+def _of_row(row: Row) -> list[Doubt]:
+    where = f"network, batch {row.batch}, {row.threads} threads, {row.streams} callers"
+    # Few calls are said of the stages already, and callers at once are not alike.
+    kinds = {"tail"} if row.streams > 1 else {"tail", "drift", "two modes"}
+    return [replace(doubt, what=f"{where}: {doubt.what}") for doubt in doubts(row.samples) if doubt.kind in kinds]
 
 
 def _network(session: Session, options: ProfileOptions, threads: int | None, report: Report) -> tuple[list[Row], dict[int, str]]:
