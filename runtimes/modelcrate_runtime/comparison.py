@@ -111,7 +111,7 @@ def compare(
         Compared(
             name=name,
             latency=Latency.of(seconds, inputs=batch if what == "network" else 1),
-            ratio=Ratio.of(base, seconds, confidence=confidence),
+            ratio=Ratio.of(base, seconds, each=each, confidence=confidence),
             # What else the machine did hit all of them alike: it is no doubt about a ratio, and said once.
             doubts=doubts(seconds, load if seconds is base else None),
             samples=seconds,

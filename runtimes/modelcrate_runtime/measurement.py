@@ -158,15 +158,17 @@ class Ratio:
     rounds: int
 
     @classmethod
-    def of(cls, base: Sequence[float], other: Sequence[float], *, confidence: float = 0.95, seed: int = 0) -> Ratio:
+    def of(cls, base: Sequence[float], other: Sequence[float], *, each: int = 1, confidence: float = 0.95, seed: int = 0) -> Ratio:
         """From calls that took turns.
 
         The interval is a percentile bootstrap over rounds: both times of a round are drawn together, since what slows one down slows down the other, and in
-        blocks of neighbouring rounds (n ** 1/3, Kunsch 1989), since a slow moment lasts for more than one of them. The same samples give the same interval.
+        blocks of neighbouring rounds (n ** 1/3, Kunsch 1989), since a slow moment lasts for more than one of them. The calls of a turn are drawn together too:
+        they have in common what ran just before, and where their threads lie. The same samples give the same interval.
 
         Args:
             base: seconds, round by round.
             other: seconds of the same rounds.
+            each: calls in a turn, see `take_turns`.
             confidence: how often such an interval has the true ratio in it.
             seed: of the resampling.
 
@@ -176,7 +178,7 @@ class Ratio:
         ours, theirs = np.asarray(base, dtype=np.float64), np.asarray(other, dtype=np.float64)
         if len(ours) != len(theirs) or not len(ours):
             raise ValueError(f"expected as many times of both, found {len(ours)} and {len(theirs)}")
-        picked = _blocks(len(ours), seed)
+        picked = _blocks(len(ours), each, seed)
         ratios = np.median(ours[picked], axis=1) / np.median(theirs[picked], axis=1)
         low, high = np.quantile(ratios, ((1 - confidence) / 2, (1 + confidence) / 2))
         return cls(times=float(np.median(ours) / np.median(theirs)), low=float(low), high=float(high), confidence=confidence, rounds=len(ours))
@@ -187,10 +189,11 @@ class Ratio:
         return "faster" if self.low > 1 else "slower" if self.high < 1 else "the same"
 
 
-def _blocks(count: int, seed: int) -> NDArray[np.intp]:
-    """(_RESAMPLES, count) indices: resamples made of blocks of neighbours, around the end to the beginning."""
-    length = max(1, round(count ** (1 / 3)))
-    starts = np.random.default_rng(seed).integers(0, count, (_RESAMPLES, -(-count // length)))
+def _blocks(count: int, each: int, seed: int) -> NDArray[np.intp]:
+    """(_RESAMPLES, count) indices: resamples made of blocks of neighbouring rounds, around the end to the beginning."""
+    rounds = -(-count // each)
+    length = each * max(1, round(rounds ** (1 / 3)))
+    starts = each * np.random.default_rng(seed).integers(0, rounds, (_RESAMPLES, -(-count // length)))
     indices: NDArray[np.intp] = (starts[:, :, None] + np.arange(length)).reshape(_RESAMPLES, -1)[:, :count] % count
     return indices
 
