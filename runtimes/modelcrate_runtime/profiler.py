@@ -239,7 +239,6 @@ def profile(
     options = options or ProfileOptions()
     pixels = [read_image(path) for path in images] or [noise_image()]
     tell = report or (lambda _what, _done, _total: None)
-    cold = _median_of([_cold(subject, images[0] if images else None, options, boxes) for _ in range(options.cold)]) if options.cold else None
     watch: list[Stopwatch] = []
 
     def wrapped(session: Session) -> Session:
@@ -267,6 +266,8 @@ def profile(
         finally:
             session.close()
         rows += more
+    # Last: what cannot be opened here has then said so itself, with its own kind of error and its hint.
+    cold = _median_of([_cold(subject, images[0] if images else None, options, boxes) for _ in range(options.cold)]) if options.cold else None
     load = load_between(before, after)
     energy = energy_between(before, after)
     return Profile(
