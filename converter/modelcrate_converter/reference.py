@@ -195,6 +195,7 @@ def subject_of(model: ExportableModel, file: Path) -> Subject:
         ),
         open_around=lambda session: open_around(model, session),
         text=str(file),
+        module="torch",
     )
 
 

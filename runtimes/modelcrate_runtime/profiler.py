@@ -236,6 +236,8 @@ def profile(
         InputError: an image that cannot be read.
         ModelcrateError: whatever opening it says.
     """
+    from modelcrate_runtime.subjects import import_framework
+
     options = options or ProfileOptions()
     pixels = [read_image(path) for path in images] or [noise_image()]
     tell = report or (lambda _what, _done, _total: None)
@@ -245,6 +247,7 @@ def profile(
         watch.append(Stopwatch(session))
         return watch[0]
 
+    import_framework(subject.module)
     begun = time.perf_counter()
     with subject.open(options.session(options.threads[0]), wrap=wrapped) as task:
         open_s = time.perf_counter() - begun
@@ -464,6 +467,7 @@ def _cold(subject: Subject, image: Path | None, options: ProfileOptions, boxes: 
     wanted = {
         "text": subject.text,
         "checkpoints": subject.checkpoints,
+        "module": subject.module,
         "image": str(image) if image else None,
         "boxes": boxes,
         "device": options.device,
@@ -484,7 +488,7 @@ def _cold(subject: Subject, image: Path | None, options: ProfileOptions, boxes: 
 
 def answer_cold(arguments: Sequence[str] | None = None) -> None:
     """The fresh process: opens, calls once, and prints a `Cold` as JSON."""
-    from modelcrate_runtime.subjects import find_subject, know_checkpoints
+    from modelcrate_runtime.subjects import find_subject, import_framework, know_checkpoints
 
     text, started = (arguments or sys.argv[1:])[:2]
     wanted: dict[str, Any] = json.loads(text)
@@ -493,6 +497,7 @@ def answer_cold(arguments: Sequence[str] | None = None) -> None:
         know_checkpoints(getattr(importlib.import_module(module), name))
     image = read_image(Path(wanted["image"])) if wanted["image"] else noise_image()
     begun = float(started)
+    import_framework(wanted["module"])
     imported, imported_bytes = time.monotonic(), resident_bytes()
     options = SessionOptions(device=wanted["device"], device_id=wanted["device_id"], threads=wanted["threads"], cuda_binding=wanted["cuda_binding"])
     with find_subject(wanted["text"]).open(options) as task:
