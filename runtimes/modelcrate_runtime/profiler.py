@@ -448,11 +448,14 @@ def _network(session: Session, options: ProfileOptions, threads: int | None, rep
         except ModelcrateError as error:
             left_out[batch] = str(error)
             continue
+        except MemoryError as error:
+            left_out[batch] = f"expected memory for it, found none: {error}"
+            continue
         seconds = measure_seconds(call, runs=options.runs, warmup=options.warmup)
         rows.append(Row(batch=batch, threads=threads or usable_cores(), streams=1, latency=Latency.of(seconds, inputs=batch), samples=seconds))
         report(done + 1, total)
     if not rows:
-        raise ConfigError(f"batch: {next(iter(left_out.values()))}", hint="--batch with a number that it takes")
+        raise ConfigError(next(iter(left_out.values())), hint="--batch with a number that it takes")
     for done, callers in enumerate(options.streams, start=len(options.batches)):
         seconds, spent = beside_seconds(session, callers=callers, batch=rows[0].batch, runs=options.runs, warmup=options.warmup)
         latency = replace(Latency.of(seconds), per_second=rows[0].batch * len(seconds) / spent)
