@@ -135,8 +135,7 @@ class OpenVinoSession:
         return self._run(self._narrow, self._narrow_idle, feeds)
 
     def _run(self, network: Any, idle: list[Any], feeds: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
-        if network is None:
-            raise InputError("openvino: expected an open session, found a closed one", hint="run it inside the with block")
+        self._require_open(network)
         self._check(feeds)
         tensors = {name: np.ascontiguousarray(value) for name, value in feeds.items()}
         with _borrowed(network, idle) as request:
@@ -147,12 +146,18 @@ class OpenVinoSession:
                 raise InputError(f"openvino: expected to run on {_shown(feeds)}, found: {_message(error)}") from error
             return {spec.name: results[i] for i, spec in enumerate(self.outputs)}
 
+    @staticmethod
+    def _require_open(network: Any) -> None:
+        if network is None:
+            raise InputError("openvino: expected an open session, found a closed one", hint="run it inside the with block")
+
     def layer_times(self, feeds: Mapping[str, NDArray[np.generic]], *, runs: int) -> list[LayerTime]:
         """See `TimesLayers`. The network is compiled once more, with OpenVINO's counters on.
 
         They are means of all runs since then, in whole microseconds, with the first one in them, which makes kernels for its shape: it is taken out again. A
         layer whose mean is below a microsecond counts as one that did not run.
         """
+        self._require_open(self._network)
         network = self._compile(self._path, threads=self.threads, streams=1, is_counted=True)
         requests: list[Any] = []
         self._run(network, requests, feeds)
