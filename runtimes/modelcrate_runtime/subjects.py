@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -142,6 +143,7 @@ def find_subjects(texts: Iterable[str]) -> list[Subject]:
     found: list[Subject] = []
     for text in texts:
         subject = find_subject(text)
-        same = sum(one.name == subject.name or one.name.startswith(f"{subject.name} (") for one in found)
-        found.append(replace(subject, name=f"{subject.name} ({same + 1})") if same else subject)
+        taken = {one.name for one in found}
+        names = itertools.chain([subject.name], (f"{subject.name} ({number})" for number in itertools.count(2)))
+        found.append(replace(subject, name=next(name for name in names if name not in taken)))
     return found
