@@ -122,7 +122,7 @@ def split_inputs(inputs: Sequence[str]) -> tuple[list[str], list[Path]]:
     """What to measure, and the images behind it: an image file, or a folder that is no bundle.
 
     Raises:
-        ConfigError: nothing to measure.
+        ConfigError: nothing to measure, or something behind an image.
         InputError: no such image.
     """
     from modelcrate_runtime.images import IMAGE_SUFFIXES, image_files
@@ -134,6 +134,9 @@ def split_inputs(inputs: Sequence[str]) -> tuple[list[str], list[Path]]:
     first = next((i for i, text in enumerate(inputs) if is_image(text)), len(inputs))
     if first == 0:
         raise ConfigError(f"{inputs[0]}: expected a bundle or a checkpoint first, found images", hint="modelcrate profile BUNDLE IMAGE")
+    late = next((text for text in inputs[first:] if (Path(text) / "deploy.json").exists() or Path(text).suffix == ".zip"), None)
+    if late is not None:
+        raise ConfigError(f"{late}: expected images behind the first image, found a bundle", hint="modelcrate profile BUNDLE BUNDLE IMAGE")
     return list(inputs[:first]), [file for text in inputs[first:] for file in image_files(Path(text))]
 
 
