@@ -5,6 +5,7 @@ A clock is an argument everywhere, so that all of it is tested on known distribu
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -86,7 +87,7 @@ def measure_seconds(call: Call, *, runs: int, warmup: int, clock: Clock = time.p
 
 
 def take_turns(
-    calls: Mapping[str, Call],
+    calls: Mapping[str, Call | Sequence[Call]],
     *,
     rounds: int,
     warmup: int = 0,
@@ -101,7 +102,8 @@ def take_turns(
     after a call, and caches are another's; so a turn may begin with calls that do not count.
 
     Args:
-        calls: name -> what to time.
+        calls: name -> what to time; several, such as one for each image, are gone through again and again, so that calls that count are of the same one
+            for all names, however many calls did not count before them.
         rounds: turns of each that count.
         warmup: rounds before them.
         each: timed calls in a turn.
@@ -117,7 +119,8 @@ def take_turns(
     for i in range(warmup + rounds):
         first = i % len(names)
         for name in names[first:] + names[:first]:
-            taken = _turn(calls[name], each, settle_s, clock)
+            call = calls[name]
+            taken = _turn([call] if callable(call) else call, i * each, each, settle_s, clock)
             if i >= warmup:
                 seconds[name] += taken
         if report:
@@ -125,14 +128,15 @@ def take_turns(
     return seconds
 
 
-def _turn(call: Call, each: int, settle_s: float, clock: Clock) -> list[float]:
+def _turn(calls: Sequence[Call], first: int, each: int, settle_s: float, clock: Clock) -> list[float]:
     until = clock() + settle_s
-    while settle_s:
+    for call in itertools.cycle(calls) if settle_s else ():
         call()
         if clock() >= until:
             break
     taken = []
-    for _ in range(each):
+    for i in range(first, first + each):
+        call = calls[i % len(calls)]
         start = clock()
         call()
         taken.append(clock() - start)

@@ -6,7 +6,6 @@ The same is measured of a bundle of any backend and of a checkpoint in PyTorch, 
 from __future__ import annotations
 
 import importlib
-import itertools
 import json
 import subprocess
 import sys
@@ -306,16 +305,6 @@ def call_of(task: Task, image: NDArray[np.uint8], *, boxes: int = 1) -> Call:
         return lambda: task(image)
     rows = spread_boxes(image.shape[:2], boxes)
     return lambda: task(image, rows)  # type: ignore[call-arg]  # those of crops take boxes
-
-
-def in_rotation(calls: Sequence[Call]) -> Call:
-    """One call of each, again and again."""
-    turn = itertools.cycle(calls)
-
-    def call() -> Any:
-        return next(turn)()
-
-    return call
 
 
 def spread_boxes(size_hw: Sequence[int], count: int) -> NDArray[np.float32]:
