@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +38,7 @@ def locate(text: str, options: ConvertOptions, *, offline: bool, sha256: str | N
         return DEMO_MODELS[text], replace(options, name=options.name or text)
     model = find_model(text)
     if model is None:
-        near = [name for name in (*DEMO_MODELS, *nearest_names(text)) if name in nearest_names(text)]
+        near = [*difflib.get_close_matches(text.lower(), DEMO_MODELS, n=1), *nearest_names(text)]
         raise ConfigError(
             f"{text}: expected a checkpoint file or the name of a published model, found neither",
             hint=f"did you mean {' or '.join(near)}?" if near else "check the path; modelcrate zoo list shows the names",

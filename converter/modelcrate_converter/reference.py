@@ -18,6 +18,7 @@ from modelcrate_converter.config import DeployConfig
 from modelcrate_converter.describe import describe_deploy, describe_pipeline
 from modelcrate_converter.exportable import BoxesFacts
 from modelcrate_runtime.accuracy import Accuracy, Dataset, evaluate_boxes, evaluate_keypoints
+from modelcrate_runtime.cores import usable_cores
 from modelcrate_runtime.sessions import LayerTime
 from modelcrate_runtime.subjects import Subject
 from modelcrate_runtime.tasks import Classifier, Detector, Network, PoseDetector
@@ -191,10 +192,13 @@ def subject_of(model: ExportableModel, file: Path) -> Subject:
         size_bytes=file.stat().st_size,
         bundle=None,
         open_network=lambda options: TorchSession(
-            model, device=f"cuda:{options.device_id}" if options.device == "cuda" else options.device, threads=options.threads
+            model,
+            device=f"cuda:{options.device_id}" if options.device == "cuda" else options.device,
+            threads=options.threads or usable_cores(),  # as all sessions; PyTorch itself would take what this process used last, or one per physical core
         ),
         open_around=lambda session: open_around(model, session),
         text=str(file),
+        module="torch",
     )
 
 

@@ -13,7 +13,7 @@ from modelcrate_bundle.errors import TaskMismatchError
 from modelcrate_runtime.host import Host, load_between, read_host, take_reading
 from modelcrate_runtime.images import read_image
 from modelcrate_runtime.measurement import Call, Doubt, Latency, Ratio, Report, doubts, take_turns
-from modelcrate_runtime.profiler import call_of, in_rotation, network_call, noise_image
+from modelcrate_runtime.profiler import call_of, network_call, noise_image
 
 if TYPE_CHECKING:
     from modelcrate_runtime.sessions import SessionOptions
@@ -96,12 +96,12 @@ def compare(
         kinds = dict.fromkeys(type(task).__name__ for task in tasks)
         if len(kinds) > 1:
             raise TaskMismatchError(f"expected subjects of one task, found {' and '.join(kinds)}", hint="compare what answers the same question")
-        calls: dict[str, Call] = {}
+        calls: dict[str, Call | Sequence[Call]] = {}
         for subject, task in zip(subjects, tasks, strict=True):
             if what == "network":
                 calls[subject.name] = network_call(task.session, batch=batch)
             else:
-                calls[subject.name] = in_rotation([call_of(task, image, boxes=boxes) for image in pixels])
+                calls[subject.name] = [call_of(task, image, boxes=boxes) for image in pixels]
         before = take_reading()
         each = min(EACH, runs)
         samples = take_turns(calls, rounds=-(-runs // each), warmup=warmup, each=each, settle_s=SETTLE_S, report=report)
@@ -111,7 +111,7 @@ def compare(
         Compared(
             name=name,
             latency=Latency.of(seconds, inputs=batch if what == "network" else 1),
-            ratio=Ratio.of(base, seconds, confidence=confidence),
+            ratio=Ratio.of(base, seconds, each=each, confidence=confidence),
             # What else the machine did hit all of them alike: it is no doubt about a ratio, and said once.
             doubts=doubts(seconds, load if seconds is base else None),
             samples=seconds,

@@ -122,7 +122,7 @@ def split_inputs(inputs: Sequence[str]) -> tuple[list[str], list[Path]]:
     """What to measure, and the images behind it: an image file, or a folder that is no bundle.
 
     Raises:
-        ConfigError: nothing to measure.
+        ConfigError: nothing to measure, or something behind an image.
         InputError: no such image.
     """
     from modelcrate_runtime.images import IMAGE_SUFFIXES, image_files
@@ -134,6 +134,9 @@ def split_inputs(inputs: Sequence[str]) -> tuple[list[str], list[Path]]:
     first = next((i for i, text in enumerate(inputs) if is_image(text)), len(inputs))
     if first == 0:
         raise ConfigError(f"{inputs[0]}: expected a bundle or a checkpoint first, found images", hint="modelcrate profile BUNDLE IMAGE")
+    late = next((text for text in inputs[first:] if (Path(text) / "deploy.json").exists() or Path(text).suffix == ".zip"), None)
+    if late is not None:
+        raise ConfigError(f"{late}: expected images behind the first image, found a bundle", hint="modelcrate profile BUNDLE BUNDLE IMAGE")
     return list(inputs[:first]), [file for text in inputs[first:] for file in image_files(Path(text))]
 
 
@@ -201,6 +204,7 @@ def _settings(found: Profile) -> Table:
 
     host = found.host
     table = Table("setting", "", show_header=False)
+    table.columns[1].overflow = "fold"
     table.add_row("backend, precision", f"{found.backend}, {found.precision}")
     table.add_row("device, threads", f"{found.device}, {found.threads}")
     table.add_row("input", f"{len(found.images)} images" if len(found.images) > 1 else found.images[0])
@@ -226,14 +230,20 @@ def _stages(found: Profile) -> Table:
     from rich.table import Table
 
     columns = {("(copy)" if stage == "copy" else stage): of for stage, of in found.stages.items()} | {"image to result": found.call}
-    table = Table("ms", *columns, title="one call")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    # Seven of them fit into 80 columns, with headings in two lines and figures of seven characters.
+    table = Table("ms", *("\n".join(stage.rsplit(" ", 1)) for stage in columns), title="one call")
+    for column in table.columns:
+        column.justify, column.no_wrap = "left" if column is table.columns[0] else "right", True
     for name, key in _FIGURES:
-        table.add_row(name, *(f"{getattr(of, key):.3f}" for of in columns.values()))
+        table.add_row(name, *(_figure(getattr(of, key)) for of in columns.values()))
     table.add_row("share", *("" if stage == "load image" else f"{of.mean_ms / found.call.mean_ms:.1%}" for stage, of in columns.items()))
-    table.add_row("per second", *(f"{of.per_second:.1f}" for of in columns.values()))
+    table.add_row("per\nsecond", *(_figure(of.per_second, decimals=1) for of in columns.values()))
     return table
+
+
+def _figure(value: float, *, decimals: int = 3) -> str:
+    """In seven characters or fewer, up to ten millions."""
+    return f"{value:.{max(0, min(decimals, 6 - len(f'{value:.0f}')))}f}"
 
 
 _FIGURES: Final = (
@@ -244,12 +254,12 @@ _FIGURES: Final = (
 def _network(found: Profile) -> Table:
     from rich.table import Table
 
-    table = Table("batch", "threads", "callers", "median", "p99", "std", "an input", "per second", title="the network alone, ms")
+    table = Table("batch", "threads", "callers", "median", "p99", "std", "an\ninput", "per\nsecond", title="the network alone, ms")
     for column in table.columns:
-        column.justify = "right"
+        column.justify, column.no_wrap = "right", True
     for row in found.network:
         of = row.latency
-        figures = (f"{of.median_ms:.3f}", f"{of.p99_ms:.3f}", f"{of.std_ms:.3f}", f"{of.median_ms / row.batch:.3f}", f"{of.per_second:.1f}")
+        figures = (*map(_figure, (of.median_ms, of.p99_ms, of.std_ms, of.median_ms / row.batch)), _figure(of.per_second, decimals=1))
         table.add_row(str(row.batch), str(row.threads), str(row.streams), *figures)
     return table
 
@@ -261,6 +271,7 @@ def _layers(found: Profile, count: int) -> Table:
     table = Table(
         "layer", "kind", "ms", "share", title=f"the slowest {min(count, len(found.layers))} of {len(found.layers)} layers; all together {1e3 * total:.3f} ms"
     )
+    table.columns[0].overflow = "fold"  # names of layers differ at their ends
     for layer in sorted(found.layers, key=lambda one: -one.seconds)[:count]:
         table.add_row(layer.name, layer.kind, f"{1e3 * layer.seconds:.4f}", f"{layer.seconds / total:.1%}" if total else "")
     return table

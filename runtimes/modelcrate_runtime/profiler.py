@@ -6,7 +6,6 @@ The same is measured of a bundle of any backend and of a checkpoint in PyTorch, 
 from __future__ import annotations
 
 import importlib
-import itertools
 import json
 import subprocess
 import sys
@@ -236,16 +235,18 @@ def profile(
         InputError: an image that cannot be read.
         ModelcrateError: whatever opening it says.
     """
+    from modelcrate_runtime.subjects import import_framework
+
     options = options or ProfileOptions()
     pixels = [read_image(path) for path in images] or [noise_image()]
     tell = report or (lambda _what, _done, _total: None)
-    cold = _median_of([_cold(subject, images[0] if images else None, options, boxes) for _ in range(options.cold)]) if options.cold else None
     watch: list[Stopwatch] = []
 
     def wrapped(session: Session) -> Session:
         watch.append(Stopwatch(session))
         return watch[0]
 
+    import_framework(subject.module)
     begun = time.perf_counter()
     with subject.open(options.session(options.threads[0]), wrap=wrapped) as task:
         open_s = time.perf_counter() - begun
@@ -267,6 +268,8 @@ def profile(
         finally:
             session.close()
         rows += more
+    # Last: what cannot be opened here has then said so itself, with its own kind of error and its hint.
+    cold = _median_of([_cold(subject, images[0] if images else None, options, boxes) for _ in range(options.cold)]) if options.cold else None
     load = load_between(before, after)
     energy = energy_between(before, after)
     return Profile(
@@ -302,16 +305,6 @@ def call_of(task: Task, image: NDArray[np.uint8], *, boxes: int = 1) -> Call:
         return lambda: task(image)
     rows = spread_boxes(image.shape[:2], boxes)
     return lambda: task(image, rows)  # type: ignore[call-arg]  # those of crops take boxes
-
-
-def in_rotation(calls: Sequence[Call]) -> Call:
-    """One call of each, again and again."""
-    turn = itertools.cycle(calls)
-
-    def call() -> Any:
-        return next(turn)()
-
-    return call
 
 
 def spread_boxes(size_hw: Sequence[int], count: int) -> NDArray[np.float32]:
@@ -351,7 +344,7 @@ def beside_seconds(session: Session, *, callers: int, batch: int | None, runs: i
     Returns:
         Seconds of each call, in the order in which they ended; and from the first call's beginning to the last one's end.
     """
-    seconds: list[float] = []
+    calls: list[tuple[float, float]] = []
     errors: list[BaseException] = []
     feeds = _feeds(session, batch or 1)
     run = session.run_beside if session.streams > 1 else session.run
@@ -370,7 +363,7 @@ def beside_seconds(session: Session, *, callers: int, batch: int | None, runs: i
                         return
                 start = clock()
                 run(feeds)
-                seconds.append(clock() - start)
+                calls.append((start, clock()))
         except BaseException as error:  # noqa: BLE001  # raised again below
             errors.append(error)
 
@@ -378,13 +371,12 @@ def beside_seconds(session: Session, *, callers: int, batch: int | None, runs: i
     for thread in threads:
         thread.start()
     gate.wait()
-    start = clock()
     for thread in threads:
         thread.join()
-    spent = clock() - start
     if errors:
         raise errors[0]
-    return seconds, spent
+    # By the callers' own clocks: this thread may wake up long after they began.
+    return [end - start for start, end in calls], max(end for _, end in calls) - min(start for start, _ in calls)
 
 
 def _takes_boxes(task: Task) -> bool:
@@ -445,11 +437,14 @@ def _network(session: Session, options: ProfileOptions, threads: int | None, rep
         except ModelcrateError as error:
             left_out[batch] = str(error)
             continue
+        except MemoryError as error:
+            left_out[batch] = f"expected memory for it, found none: {error}"
+            continue
         seconds = measure_seconds(call, runs=options.runs, warmup=options.warmup)
         rows.append(Row(batch=batch, threads=threads or usable_cores(), streams=1, latency=Latency.of(seconds, inputs=batch), samples=seconds))
         report(done + 1, total)
     if not rows:
-        raise ConfigError(f"batch: {next(iter(left_out.values()))}", hint="--batch with a number that it takes")
+        raise ConfigError(next(iter(left_out.values())), hint="--batch with a number that it takes")
     for done, callers in enumerate(options.streams, start=len(options.batches)):
         seconds, spent = beside_seconds(session, callers=callers, batch=rows[0].batch, runs=options.runs, warmup=options.warmup)
         latency = replace(Latency.of(seconds), per_second=rows[0].batch * len(seconds) / spent)
@@ -463,6 +458,7 @@ def _cold(subject: Subject, image: Path | None, options: ProfileOptions, boxes: 
     wanted = {
         "text": subject.text,
         "checkpoints": subject.checkpoints,
+        "module": subject.module,
         "image": str(image) if image else None,
         "boxes": boxes,
         "device": options.device,
@@ -483,7 +479,7 @@ def _cold(subject: Subject, image: Path | None, options: ProfileOptions, boxes: 
 
 def answer_cold(arguments: Sequence[str] | None = None) -> None:
     """The fresh process: opens, calls once, and prints a `Cold` as JSON."""
-    from modelcrate_runtime.subjects import find_subject, know_checkpoints
+    from modelcrate_runtime.subjects import find_subject, import_framework, know_checkpoints
 
     text, started = (arguments or sys.argv[1:])[:2]
     wanted: dict[str, Any] = json.loads(text)
@@ -492,6 +488,7 @@ def answer_cold(arguments: Sequence[str] | None = None) -> None:
         know_checkpoints(getattr(importlib.import_module(module), name))
     image = read_image(Path(wanted["image"])) if wanted["image"] else noise_image()
     begun = float(started)
+    import_framework(wanted["module"])
     imported, imported_bytes = time.monotonic(), resident_bytes()
     options = SessionOptions(device=wanted["device"], device_id=wanted["device_id"], threads=wanted["threads"], cuda_binding=wanted["cuda_binding"])
     with find_subject(wanted["text"]).open(options) as task:

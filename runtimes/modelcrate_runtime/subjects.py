@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import itertools
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -32,6 +35,7 @@ class Subject:
         size_bytes: of the files that a device needs.
         bundle: the bundle, None for a checkpoint.
         text: what another process finds it by.
+        module: the framework that it runs in, see `import_framework`.
         checkpoints: "module:function" that finds it, see `know_checkpoints`; empty for bundles.
         open_network: loads the network.
         open_around: the task around a network that is loaded.
@@ -45,6 +49,7 @@ class Subject:
     open_network: Callable[[SessionOptions], Session]
     open_around: Callable[[Session], Task]
     text: str
+    module: str = ""
     checkpoints: str = ""
 
     def open(self, options: SessionOptions | None = None, *, wrap: Wrap | None = None) -> Task:
@@ -68,13 +73,20 @@ class Subject:
             raise
 
 
+def import_framework(module: str) -> None:
+    """Import it now, so that opening a network does not: a framework takes longer to import than most networks to load. One that is missing says so later."""
+    with contextlib.suppress(ImportError):
+        if module:
+            importlib.import_module(module)
+
+
 def of_bundle(bundle: Bundle) -> Subject:
     """A bundle; its hashes are compared when it is opened.
 
     Raises:
         BundleError: see `Bundle.verify`.
     """
-    from modelcrate_runtime.sessions import open_session
+    from modelcrate_runtime.sessions import BACKENDS, open_session
     from modelcrate_runtime.tasks import open_task
 
     bundle.verify()
@@ -88,6 +100,7 @@ def of_bundle(bundle: Bundle) -> Subject:
         open_network=lambda options: open_session(bundle, options),
         open_around=lambda session: open_task(bundle, session=session),
         text=str(bundle.root),
+        module=BACKENDS[bundle.model.backend].module if bundle.model.backend in BACKENDS else "",
     )
 
 
@@ -130,6 +143,7 @@ def find_subjects(texts: Iterable[str]) -> list[Subject]:
     found: list[Subject] = []
     for text in texts:
         subject = find_subject(text)
-        same = sum(one.name == subject.name or one.name.startswith(f"{subject.name} (") for one in found)
-        found.append(replace(subject, name=f"{subject.name} ({same + 1})") if same else subject)
+        taken = {one.name for one in found}
+        names = itertools.chain([subject.name], (f"{subject.name} ({number})" for number in itertools.count(2)))
+        found.append(replace(subject, name=next(name for name in names if name not in taken)))
     return found

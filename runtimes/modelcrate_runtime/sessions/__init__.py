@@ -103,7 +103,7 @@ class LayerTime:
     Attributes:
         name: as the backend calls it.
         kind: its operator, as the backend calls that.
-        seconds: of one run, the median of several.
+        seconds: of one run, the median of several; the mean where the backend says no more.
     """
 
     name: str

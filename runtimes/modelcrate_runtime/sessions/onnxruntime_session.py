@@ -150,8 +150,7 @@ class OnnxRuntimeSession:
         return self._run(self._narrow, feeds)
 
     def _run(self, session: Any, feeds: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
-        if session is None:
-            raise InputError("onnxruntime: expected an open session, found a closed one", hint="run it inside the with block")
+        self._require_open(session)
         try:
             values = session.run(self._names, feeds)
         except Exception as error:  # ONNX Runtime's own exceptions share no base class but Exception
@@ -160,8 +159,14 @@ class OnnxRuntimeSession:
             raise InputError(f"onnxruntime: expected {expected}, found {found}: {_message(error)[-300:]}") from error
         return dict(zip(self._names, values, strict=True))
 
+    @staticmethod
+    def _require_open(session: Any) -> None:
+        if session is None:
+            raise InputError("onnxruntime: expected an open session, found a closed one", hint="run it inside the with block")
+
     def layer_times(self, feeds: Mapping[str, NDArray[np.generic]], *, runs: int) -> list[LayerTime]:
         """See `TimesLayers`. The network is loaded once more, with ONNX Runtime's profiler on."""
+        self._require_open(self._session)
         with tempfile.TemporaryDirectory() as folder:
             session = self._load(threads=self.threads, profile=Path(folder) / "layers")
             for _ in range(1 + runs):

@@ -394,6 +394,7 @@ class TensorRTSession:
         for name in self._takes:
             context.set_input_shape(name, feeds[name].shape)
             self._fill(name, feeds[name])
+            self._to_device(name, feeds[name].shape)
         for buffer in self._buffers.values():
             if buffer.address:
                 context.set_tensor_address(buffer.name, buffer.address)
