@@ -41,6 +41,7 @@ class Gpu:
         memory: address -> buffer.
         launches: how many graphs were launched.
         captures: how many were recorded.
+        reports: how many runs told a profiler what their layers took.
         built: names of the flags that each build had set.
         profiles: input -> its least, best and largest shape, of each build.
     """
@@ -53,6 +54,7 @@ class Gpu:
     streams: dict[int, Stream] = field(default_factory=dict)
     launches: int = 0
     captures: int = 0
+    reports: int = 0
     built: list[set[str]] = field(default_factory=list)
     profiles: list[dict[str, tuple[tuple[int, ...], ...]]] = field(default_factory=list)
 
@@ -268,6 +270,8 @@ def pycuda(gpu: Gpu) -> dict[str, types.ModuleType]:
 _TYPES = {"tensor(float)": ("FLOAT", np.float32), "tensor(float16)": ("HALF", np.float16), "tensor(int64)": ("INT64", np.int64)}
 PROFILE = {"min": 1, "opt": 8, "max": 32}
 """Of an engine that nobody gave one: the batch."""
+SLOW_FIRST = 50
+"""How many times as long the first run with a shape takes: what is measured of it is of no run that comes later."""
 
 
 STRIPPED = b"without weights: "
@@ -318,6 +322,10 @@ def tensorrt(gpu: Gpu, *, version: str = "11.4.0.106", name: str = "tensorrt", h
         def __init__(self) -> None:
             self.is_made = True
 
+    class IProfiler:
+        def __init__(self) -> None:
+            self.is_made = True
+
     class Context:
         def __init__(self, engine: Engine) -> None:
             self._engine = engine
@@ -325,6 +333,16 @@ def tensorrt(gpu: Gpu, *, version: str = "11.4.0.106", name: str = "tensorrt", h
             self._addresses: dict[str, int] = {}
             self._allocators: dict[str, Any] = {}
             self._ran: set[tuple[tuple[str, tuple[int, ...]], ...]] = set()
+            self._profiler: Any = None
+
+        @property
+        def profiler(self) -> Any:
+            return self._profiler
+
+        @profiler.setter
+        def profiler(self, profiler: Any) -> None:
+            assert profiler.is_made, "its base class was not constructed"
+            self._profiler = profiler
 
         def set_input_shape(self, name: str, shape: Any) -> bool:
             least, _, most = self._engine.get_tensor_profile_shape(name, 0)
@@ -357,10 +375,11 @@ def tensorrt(gpu: Gpu, *, version: str = "11.4.0.106", name: str = "tensorrt", h
             if missing or len(self._shapes) != len(engine.inputs):
                 engine.logger.log(Severity.ERROR, f"IExecutionContext::enqueueV3: no address or shape of {missing}")
                 return False
-            if gpu.streams[stream].recording is not None and (key not in self._ran or self._allocators):
+            if gpu.streams[stream].recording is not None and (key not in self._ran or self._allocators or self._profiler):
                 engine.logger.log(Severity.ERROR, "enqueueV3: operation not permitted when stream is capturing")
                 return False
             shapes, addresses = dict(self._shapes), dict(self._addresses)
+            profiler, is_first = self._profiler, key not in self._ran
 
             def work() -> None:
                 feeds = {}
@@ -379,6 +398,11 @@ def tensorrt(gpu: Gpu, *, version: str = "11.4.0.106", name: str = "tensorrt", h
                     if value.nbytes:
                         gpu.require(address, value.nbytes)
                         ctypes.memmove(address, np.ascontiguousarray(value).ctypes.data, value.nbytes)
+                if profiler is not None:
+                    gpu.reports += 1
+                    for name, milliseconds in engine.layers(sum(int(np.prod(shape)) for shape in shapes.values())):
+                        # A shape that is new is slow; and every run is a little slower than the one before.
+                        profiler.report_layer_time(name, milliseconds * ((SLOW_FIRST if is_first else 1) + 0.01 * gpu.reports))
 
             gpu.streams[stream].put(work)
             if self._allocators:
@@ -445,6 +469,11 @@ def tensorrt(gpu: Gpu, *, version: str = "11.4.0.106", name: str = "tensorrt", h
             shape = self.get_tensor_shape(name)
             return [tuple(PROFILE[which] if dim == -1 else dim for dim in shape) for which in ("min", "opt", "max")]
 
+        def layers(self, elements: int) -> list[tuple[str, float]]:
+            """Name and milliseconds: the n-th of them takes n microseconds for each element of the inputs."""
+            nodes = onnx.load_from_string(self.data).graph.node
+            return [(node.name or f"{node.op_type}_{i}", 1e-3 * i * elements) for i, node in enumerate(nodes, start=1)]
+
         def create_execution_context(self) -> Context:
             return Context(self)
 
@@ -482,7 +511,7 @@ def tensorrt(gpu: Gpu, *, version: str = "11.4.0.106", name: str = "tensorrt", h
                 self._refitter.is_filled = stream.read() == self._refitter.engine.data
             return self._refitter.is_filled
 
-    trt.ILogger, trt.IOutputAllocator, trt.Runtime = ILogger, IOutputAllocator, Runtime
+    trt.ILogger, trt.IOutputAllocator, trt.IProfiler, trt.Runtime = ILogger, IOutputAllocator, IProfiler, Runtime
     trt.Refitter, trt.OnnxParserRefitter = Refitter, OnnxParserRefitter
     if has_parser:
         _add_builder(trt, gpu)

@@ -23,7 +23,7 @@ import stand_ins
 from modelcrate_bundle.errors import BundleIntegrityError, ConfigError, InputError, MissingBackendError, UnsupportedBundleError
 from modelcrate_bundle.manifest import EngineRecord
 from modelcrate_bundle.tensors import TensorSpec
-from modelcrate_runtime.sessions import Session, SessionOptions, open_artefact
+from modelcrate_runtime.sessions import Session, SessionOptions, TimesCopies, TimesLayers, open_artefact
 from modelcrate_runtime.sessions.cuda_device import Gpu, find_gpu
 from modelcrate_runtime.sessions.tensorrt_session import check_engine, this_platform
 from stand_ins import machine_with_gpu
@@ -394,6 +394,111 @@ def test_no_memory_for_what_grows_is_an_error_and_the_session_goes_on(cuda_pytho
     session.close()
     gc.collect()
     assert cuda_python.allocated == 0
+
+
+# ------------------------------------------------------------------------------------------------------------------ what it costs
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_layers_are_named_in_order_with_the_median_of_the_runs_after_the_first(gpu: stand_ins.Gpu, graphs: bool, tmp_path: Path) -> None:
+    """The stand-in's n-th layer takes n microseconds for each number of the input, fifty times that with a new shape, and 1 % more each time."""
+    session: Any = opened(tmp_path, cuda_graphs=graphs)
+    assert isinstance(session, TimesLayers)
+    for turn, count in enumerate((3, 1, 32, 3)):
+        layers = session.layer_times({"x": batch(count)}, runs=5)
+        assert gpu.reports == 6 * (turn + 1)
+        middle = 1 + 0.01 * (6 * turn + 4)
+        assert [layer.name for layer in layers] == ["MatMul_1", "Relu_2", "MatMul_3"]
+        assert [layer.seconds for layer in layers] == pytest.approx([1e-6 * i * count * SIZE * middle for i in (1, 2, 3)])
+    session.close()
+    gc.collect()
+    assert gpu.allocated == 0
+
+
+def test_measuring_layers_leaves_graphs_and_answers_as_they_were(cuda_python: stand_ins.Gpu, tmp_path: Path) -> None:
+    session: Any = opened(tmp_path)
+    for seed in range(2):
+        session.run({"x": batch(3, seed=seed)})
+    session.layer_times({"x": batch(3, seed=7)}, runs=2)
+    session.copy_seconds({"x": batch(3, seed=8)}, runs=2)
+    assert cuda_python.captures == 1
+    reports, launches = cuda_python.reports, cuda_python.launches
+    for seed in range(3):
+        sample = batch(3, seed=seed)
+        assert_same(session.run({"x": sample}), expected(network(), {"x": sample}))
+    assert cuda_python.launches == launches + 3
+    assert cuda_python.reports == reports, "only what is measured has a profiler"
+    session.close()
+
+
+def test_layers_of_a_network_whose_sizes_depend_on_the_data(gpu: stand_ins.Gpu, tmp_path: Path) -> None:
+    """Its outputs grow while they are measured."""
+    session: Any = opened(tmp_path, counted())
+    session.run({"x": -np.abs(batch(1))})
+    layers = session.layer_times({"x": np.abs(batch(32))}, runs=3)
+    assert [layer.name for layer in layers] == ["Greater_1", "NonZero_2", "Transpose_3", "Neg_4"]
+    assert all(seconds > 0 for seconds in session.copy_seconds({"x": np.abs(batch(32))}, runs=3))
+    for sample in (batch(5), np.abs(batch(32)), -np.abs(batch(2))):
+        assert_same(session.run({"x": sample}), expected(counted(), {"x": sample}))
+    session.close()
+    gc.collect()
+    assert gpu.allocated == 0
+
+
+def test_no_memory_for_what_is_measured_is_an_error_and_the_session_goes_on(cuda_python: stand_ins.Gpu, tmp_path: Path) -> None:
+    session: Any = opened(tmp_path, counted())
+    session.run({"x": batch(1)})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stand_ins, "DEVICE_MIB", (cuda_python.allocated + 256) / 2**20)
+        with pytest.raises(InputError, match="(?i)memory"):
+            session.layer_times({"x": np.abs(batch(32))}, runs=2)
+    for count in (1, 32):
+        assert_same(session.run({"x": batch(count)}), expected(counted(), {"x": batch(count)}))
+    session.close()
+    gc.collect()
+    assert cuda_python.allocated == 0
+
+
+def test_every_run_has_its_copies(gpu: stand_ins.Gpu, tmp_path: Path) -> None:
+    session: Any = opened(tmp_path)
+    assert isinstance(session, TimesCopies)
+    for count in (1, 32, 5):
+        seconds = session.copy_seconds({"x": batch(count)}, runs=7)
+        assert len(seconds) == 7
+        assert all(one > 0 for one in seconds)
+        assert_same(session.run({"x": batch(count)}), expected(network(), {"x": batch(count)}))
+    session.close()
+
+
+def test_what_cannot_be_run_cannot_be_measured(gpu: stand_ins.Gpu, tmp_path: Path) -> None:
+    session: Any = opened(tmp_path)
+    for measure in (session.layer_times, session.copy_seconds):
+        with pytest.raises(InputError, match=r"TensorRT: expected x float32\[1, 24\] to \[32, 24\], found x float32\[33, 24\]"):
+            measure({"x": batch(33)}, runs=1)
+    session.close()
+    for measure in (session.layer_times, session.copy_seconds):
+        with pytest.raises(InputError, match="TensorRT: expected an open session, found a closed one"):
+            measure({"x": batch(1)}, runs=1)
+    assert gpu.reports == 0
+
+
+def test_calls_go_on_while_layers_are_measured(gpu: stand_ins.Gpu, tmp_path: Path) -> None:
+    session: Any = opened(tmp_path)
+    barrier = threading.Barrier(3)
+
+    def work(index: int) -> None:
+        barrier.wait()
+        for turn in range(10):
+            sample = batch(1 + (index + turn) % 5)
+            if index == 0:
+                assert len(session.layer_times({"x": sample}, runs=1)) == 3
+            elif index == 1:
+                assert len(session.copy_seconds({"x": sample}, runs=1)) == 1
+            assert_same(session.run({"x": sample}), expected(network(), {"x": sample}))
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(work, range(3)))
+    session.close()
 
 
 # --------------------------------------------------------------------------------------------------------------------------- types
