@@ -16,10 +16,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tracker_figures import Frame
 
 ROOT = Path(__file__).resolve().parents[1]
+ANSWER = "answer: "
 
 
 def main() -> None:
@@ -45,13 +50,11 @@ def main() -> None:
 def compare(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]:
     from dataclasses import asdict
 
-    import numpy as np
-
     from modelcrate_converter.config import load_config
     from modelcrate_converter.convert import ConvertOptions, convert
     from modelcrate_converter.demo import DEMO_MODELS
     from modelcrate_converter.people.dataset import write_video
-    from tracker_figures import Frame, figures, read_truth
+    from tracker_figures import figures, read_truth
 
     write_video(folder / "video", frames=options.frames, seed=options.seed)
     for name, path in DEMO_MODELS.items():
@@ -74,40 +77,56 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, An
             "kind": kind, "video": video, "det": str(folder / f"demo-det_{target}"), "pose": str(folder / f"demo-pose_{target}"),
             "interval": options.det_interval, "out": str(folder / f"{len(workers)}.npz"),
         }  # fmt: skip
-        environment = os.environ | {
-            "SPDLOG_LEVEL": "off",
-            "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("sdk_bundle", "runtimes", ".venv-peers")),
-        }
         command = [python, __file__, "--worker", json.dumps(job)]
-        workers[name] = (subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment), job["out"])
+        workers[name] = (subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()), job["out"])
     seconds: dict[str, list[float]] = {name: [] for name in workers}
     for turn in range(options.rounds + 1):
         for name, (process, _) in workers.items():
-            elapsed = ask(process, name)
+            elapsed = float(ask(process, name, "run"))
             if turn:  # the first one warms up
                 seconds[name].append(elapsed)
     results = {}
     for name, (process, out) in workers.items():
         process.stdin.close()  # type: ignore[union-attr]
         process.wait(timeout=60)
-        with np.load(out) as found:
-            ends = np.cumsum(found["counts"])
-            tracks = [
-                Frame(ids=found["ids"][end - count : end].tolist(), keypoints=found["keypoints"][end - count : end])
-                for end, count in zip(ends, found["counts"], strict=True)
-            ]
         per_second = options.frames / statistics.median(seconds[name])
-        results[name] = {"per_second": per_second, "rounds": seconds[name], **asdict(figures(truth, tracks))}
+        results[name] = {"per_second": per_second, "rounds": seconds[name], **asdict(figures(truth, read_tracks(Path(out))))}
     return results
 
 
-def ask(process: Any, name: str) -> float:
-    process.stdin.write("run\n")
-    process.stdin.flush()
-    for line in process.stdout:
-        if line.startswith("seconds "):
-            return float(line.split()[1])
+def environment() -> dict[str, str]:
+    """Of the workers: our packages and rtmlib, and silence from the SDK."""
+    path = os.pathsep.join(str(ROOT / part) for part in ("sdk_bundle", "runtimes", ".venv-peers"))
+    return os.environ | {"SPDLOG_LEVEL": "off", "PYTHONPATH": path}
+
+
+def ask(process: subprocess.Popen[str], name: str, request: str) -> str:
+    """What a worker answers; its frameworks write to the same stream, so its answers are marked."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        process.stdin.write(f"{request}\n")
+        process.stdin.flush()
+        for line in process.stdout:
+            if line.startswith(ANSWER):
+                return line.removeprefix(ANSWER).strip()
+    except BrokenPipeError:
+        pass
     raise SystemExit(f"{name} ended with {process.wait()}")
+
+
+def read_tracks(path: Path) -> list[Frame]:
+    """What `write_tracks` wrote."""
+    import numpy as np
+
+    from tracker_figures import Frame
+
+    with np.load(path) as found:
+        ends = np.cumsum(found["counts"])
+        return [
+            Frame(ids=found["ids"][end - count : end].tolist(), keypoints=found["keypoints"][end - count : end])
+            for end, count in zip(ends, found["counts"], strict=True)
+        ]
 
 
 def show(results: dict[str, dict[str, Any]], options: argparse.Namespace) -> None:
@@ -138,18 +157,28 @@ def show(results: dict[str, dict[str, Any]], options: argparse.Namespace) -> Non
 
 def work(job: dict[str, Any]) -> None:
     """Track the video as often as a line comes; say the seconds each time, and keep what was found."""
-    import numpy as np
-
-    run = {"mmdeploy_runtime": run_mmdeploy, "rtmlib": run_rtmlib}.get(job["kind"], run_ours)(job)
+    run = runner(job)
     for _ in sys.stdin:
         start = time.perf_counter()
         found = run()
-        print("seconds", time.perf_counter() - start, flush=True)
-        keypoints = [poses for poses, _ in found if len(poses)]
-        np.savez(
-            job["out"], counts=np.array([len(ids) for _, ids in found]), ids=np.concatenate([np.asarray(ids, dtype=int) for _, ids in found]),
-            keypoints=np.concatenate(keypoints)[..., :2] if keypoints else np.zeros((0, 17, 2)),
-        )  # fmt: skip
+        print(f"{ANSWER}{time.perf_counter() - start}", flush=True)
+        write_tracks(Path(job["out"]), found)
+
+
+def runner(job: dict[str, Any]) -> Any:
+    """What tracks the job's video from its first frame to its last, and returns for each frame the poses and their tracks' ids."""
+    return {"mmdeploy_runtime": run_mmdeploy, "rtmlib": run_rtmlib}.get(job["kind"], run_ours)(job)
+
+
+def write_tracks(path: Path, found: Sequence[tuple[Any, Any]]) -> None:
+    """Write the poses and ids of each frame; see `read_tracks`."""
+    import numpy as np
+
+    keypoints = [poses for poses, _ in found if len(poses)]
+    np.savez(
+        path, counts=np.array([len(ids) for _, ids in found]), ids=np.concatenate([np.asarray(ids, dtype=int) for _, ids in found]),
+        keypoints=np.concatenate(keypoints)[..., :2] if keypoints else np.zeros((0, 17, 2)),
+    )  # fmt: skip
 
 
 def frames_of(video: str) -> Any:
@@ -196,6 +225,7 @@ def run_rtmlib(job: dict[str, Any]) -> Any:
         return found
 
     tracker = PoseTracker(solution, det_frequency=job["interval"], tracking=True, backend="onnxruntime", device="cpu")
+    tracker.det_model.score_thr = job.get("det_thr", tracker.det_model.score_thr)
     return run
 
 
