@@ -150,7 +150,7 @@ def find_keypoints(
     given = boxes if boxes is not None else {image_id: _true_boxes(of_image) for image_id, of_image in true.items()}
     # Where nobody is known to be there is nothing to do; where nobody was found, somebody may have been missed.
     ids = [image.id for image in dataset.content.images if boxes is not None or image.id in true]
-    for part in read_batches(dataset.paths(ids), result, report, batch=batch, where=dataset.annotations):
+    for part in read_batches(dataset.names(ids), dataset.folder, result, report, batch=batch, where=dataset.annotations):
         of_part = [given.get(image_id, Boxes.of([])) for image_id, _ in part]
         found = estimator.estimate_batch([image for _, image in part], [one.boxes_xyxy for one in of_part])
         for (image_id, _), own, poses in zip(part, of_part, found, strict=True):
@@ -161,12 +161,13 @@ def find_keypoints(
 
 
 def read_batches(
-    paths: Mapping[int, Path], result: Accuracy, report: Report | None, *, batch: int, where: Path
+    names: Mapping[int, str], folder: Path, result: Accuracy, report: Report | None, *, batch: int, where: Path
 ) -> Iterator[list[tuple[int, NDArray[np.uint8]]]]:
     """The images, several at a time, read ahead; those that cannot be read are named in the result, with the time that all took.
 
     Args:
-        paths: id -> file.
+        names: id -> name of the file.
+        folder: what the names are relative to.
         result: gets what was counted.
         report: gets the progress, when what was given is used up.
         batch: images at a time.
@@ -177,20 +178,19 @@ def read_batches(
     """
     started = time.perf_counter()
     part: list[tuple[int, NDArray[np.uint8]]] = []
-    for done, (image_id, image) in enumerate(zip(paths, read_images(list(paths.values())), strict=True), start=1):
+    for done, (image_id, image) in enumerate(zip(names, read_images([folder / name for name in names.values()]), strict=True), start=1):
         if isinstance(image, InputError):
             result.skipped[image_id] = str(image)
         else:
             result.images += 1
             part.append((image_id, image))
-        if len(part) == batch or (part and done == len(paths)):
+        if len(part) == batch or (part and done == len(names)):
             yield part
             part = []
         if report and not part:
-            report(done, len(paths))
+            report(done, len(names))
     result.seconds = time.perf_counter() - started
     if not result.images:
-        folder = next((path.parent for path in paths.values()), where.parent)
         raise InputError(
             f"{where}: expected images in {folder}, found none that can be read: {next(iter(result.skipped.values()), 'no image')}",
             hint="say where the images are",
@@ -199,7 +199,7 @@ def read_batches(
 
 def _detections(detector: Detector, dataset: Dataset, result: Accuracy, report: Report | None, *, batch: int) -> Iterator[tuple[int, Detections]]:
     every = [image.id for image in dataset.content.images]
-    for part in read_batches(dataset.paths(every), result, report, batch=batch, where=dataset.annotations):
+    for part in read_batches(dataset.names(every), dataset.folder, result, report, batch=batch, where=dataset.annotations):
         yield from zip((image_id for image_id, _ in part), detector.detect_batch([image for _, image in part]), strict=True)
 
 

@@ -36,16 +36,16 @@ class Accuracy:
     """What came of an evaluation.
 
     Attributes:
-        kind: "bbox" or "keypoints".
+        kind: what the rows are.
         figures: AP, AP50, AP75, AR, from 0 to 1.
         images: how many were evaluated.
         skipped: ids of images that could not be read, with the reason.
-        rows: the results in COCO's format.
+        rows: the results in COCO's format; of classes the best labels and their scores.
         pairs: of true boxes: each object, and the (K, 2) float32 keypoints in image pixels that were found in its box.
         seconds: from the first image to the last result, with what reading them took.
     """
 
-    kind: Literal["bbox", "keypoints"]
+    kind: Literal["bbox", "keypoints", "classes"]
     figures: dict[str, float] = field(default_factory=dict)
     images: int = 0
     skipped: dict[int, str] = field(default_factory=dict)

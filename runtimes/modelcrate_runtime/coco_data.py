@@ -69,12 +69,12 @@ class Skipped:
 
     Attributes:
         what: an image, an annotation, or a row of a file of boxes or labels.
-        id: its id, or where it stands if it has none.
+        id: its id; of rows, and of what has none, how many before it there are and one.
         reason: what is wrong with it.
     """
 
     what: Literal["image", "annotation", "row"]
-    id: str
+    id: int | str
     reason: str
 
     def __str__(self) -> str:
@@ -170,10 +170,10 @@ class Dataset:
             f"{self.annotations}: categories: expected the model's classes, found none called {missing!r}", hint="evaluate on data of the same classes"
         )
 
-    def paths(self, ids: Sequence[int]) -> dict[int, Path]:
-        """Id -> file of these images."""
+    def names(self, ids: Sequence[int]) -> dict[int, str]:
+        """Id -> name of the file of these images."""
         names = {image.id: image.file_name for image in self.content.images}
-        return {image_id: self.folder / names[image_id] for image_id in ids}
+        return {image_id: names[image_id] for image_id in ids}
 
     def require_keypoints(self, count: int) -> None:
         """Refuse data of another set of keypoints.
@@ -223,7 +223,17 @@ def read_coco(annotations: Path) -> dict[str, Any]:
     Raises:
         InputError: no such file, or not such JSON.
     """
-    return _read_json(annotations, dict[str, Any], "COCO annotations", _COCO)
+    raw: dict[str, Any] = _read_json(annotations, dict[str, Any], "COCO annotations", _COCO)
+    return raw
+
+
+def problem_of(value: Any, kind: Any) -> str | None:
+    """What keeps a value from being such a struct."""
+    try:
+        msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        return str(error)
+    return None
 
 
 def _read_json(path: Path, kind: Any, expected: str, hint: str) -> Any:
@@ -238,9 +248,7 @@ def _read_json(path: Path, kind: Any, expected: str, hint: str) -> Any:
 # ------------------------------------------------------------------------------------------------------------------- sifting
 
 
-def sift(
-    raw: dict[str, Any], *, annotations: Path, folder: Path, limit: int | None = None, keypoints: int | None = None
-) -> tuple[Dataset, list[Skipped]]:
+def sift(raw: dict[str, Any], *, annotations: Path, folder: Path, limit: int | None = None, keypoints: int | None = None) -> tuple[Dataset, list[Skipped]]:
     """What can be used of annotations, and what cannot.
 
     The parts of COCO-WholeBody become one list of 133 keypoints. `content` has the boxes of objects with keypoints as MMPose's data sets have them, cut off
@@ -262,7 +270,7 @@ def sift(
     """
     skipped: list[Skipped] = []
     images = _sift_images(_list_of(raw, "images", annotations), skipped)
-    categories = [one for one in _list_of(raw, "categories", annotations) if _problem(one, Category) is None]
+    categories = [one for one in _list_of(raw, "categories", annotations) if problem_of(one, Category) is None]
     known = {category["id"] for category in categories}
     chosen = set(list(images)[:limit])
     kept: list[dict[str, Any]] = []
@@ -272,7 +280,7 @@ def sift(
         if isinstance(one, dict) and one.get("image_id") in images.keys() - chosen:
             continue
         whole = _with_keypoints(one, keypoints) if isinstance(one, dict) else one
-        reason = _problem(whole, Annotation) or _unusable(whole, images, known, taken)
+        reason = problem_of(whole, Annotation) or _unusable(whole, images, known, taken)
         if reason is None and keypoints is not None and whole.get("keypoints"):
             counts.add(len(whole["keypoints"]) // 3)
             reason = _bad_keypoints(whole, keypoints, images[whole["image_id"]])
@@ -303,7 +311,7 @@ def _list_of(raw: dict[str, Any], key: str, annotations: Path) -> list[Any]:
 def _sift_images(raw: list[Any], skipped: list[Skipped]) -> dict[int, dict[str, Any]]:
     images: dict[int, dict[str, Any]] = {}
     for number, one in enumerate(raw, start=1):
-        reason = _problem(one, Image) or ("id: expected another for each image, found it twice" if one["id"] in images else None)
+        reason = problem_of(one, Image) or ("id: expected another for each image, found it twice" if one["id"] in images else None)
         if reason is None:
             images[one["id"]] = one
         else:
@@ -311,17 +319,9 @@ def _sift_images(raw: list[Any], skipped: list[Skipped]) -> dict[int, dict[str, 
     return images
 
 
-def _name(one: Any, number: int) -> str:
-    return str(one["id"]) if isinstance(one, dict) and isinstance(one.get("id"), (int, str)) else f"number {number}"
-
-
-def _problem(value: Any, kind: Any) -> str | None:
-    """What keeps a value from being such a struct."""
-    try:
-        msgspec.convert(value, kind)
-    except msgspec.ValidationError as error:
-        return str(error)
-    return None
+def _name(one: Any, number: int) -> int | str:
+    found = one.get("id") if isinstance(one, dict) else None
+    return found if isinstance(found, (int, str)) else f"number {number}"
 
 
 def _with_keypoints(one: dict[str, Any], keypoints: int | None) -> dict[str, Any]:
@@ -363,7 +363,7 @@ def _bad_keypoints(one: dict[str, Any], keypoints: int, image: dict[str, Any]) -
 def _cut_off(bbox: Sequence[float], image: dict[str, Any]) -> tuple[float, float, float, float]:
     """MMPose's data sets cut boxes off at the last pixel, `BaseCocoStyleDataset.parse_data_info`."""
     left, top, width, height = bbox
-    limits = [image.get("width"), image.get("height")]
+    limits: list[Any] = [image.get("width"), image.get("height")]
     if not all(isinstance(limit, (int, float)) and limit > 0 for limit in limits):
         return left, top, width, height
     (x, right), (y, bottom) = (
@@ -402,13 +402,13 @@ def read_boxes(path: Path, dataset: Dataset, *, least_score: float = 0.0) -> tup
     chosen, wanted = {image.id for image in dataset.content.images}, set(dataset.keypoint_categories)
     found: dict[int, list[tuple[list[float], float, int]]] = {}
     for number, one in enumerate(rows, start=1):
-        reason = _problem(one, _BoxRow)
+        reason = problem_of(one, _BoxRow)
         if reason is None and one["image_id"] not in known:
             reason = f"image_id: expected the id of an image, found {one['image_id']}"
         if reason is None and (not all(math.isfinite(value) for value in (*one["bbox"], one["score"])) or min(one["bbox"][2:]) <= 0):
             reason = f"bbox: expected left, top, width and height above 0, found {one['bbox']}"
         if reason is not None:
-            skipped.append(Skipped(what="row", id=str(number), reason=reason))
+            skipped.append(Skipped(what="row", id=number, reason=reason))
         elif one["image_id"] in chosen and one["category_id"] in wanted and one["score"] >= least_score:
             left, top, width, height = one["bbox"]
             found.setdefault(one["image_id"], []).append(([left, top, left + width, top + height], one["score"], one["category_id"]))

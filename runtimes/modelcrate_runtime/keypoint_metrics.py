@@ -44,7 +44,8 @@ def shares_within(found: Points, truth: Points, visible: Visible, sizes: Sizes, 
     counted = ~np.isnan(distances)
     within = (np.where(counted, distances, np.inf) < threshold).sum(axis=0)
     counts = counted.sum(axis=0)
-    return np.divide(within, counts, out=np.full(counts.shape, np.nan), where=counts > 0)
+    shares: Sizes = np.divide(within, counts, out=np.full(counts.shape, np.nan), where=counts > 0)
+    return shares
 
 
 def pck(found: Points, truth: Points, visible: Visible, sizes: Sizes, *, threshold: float = PCK_THRESHOLD) -> float:
@@ -78,14 +79,16 @@ def nme(found: Points, truth: Points, visible: Visible, sizes: Sizes) -> float:
 def spans(truth: Points, pair: tuple[int, int]) -> Sizes:
     """(N,) the distance between two keypoints of each instance in pixels, whether they are visible or not, as MMPose measures it."""
     one, other = pair
-    return np.linalg.norm(truth[:, one] - truth[:, other], axis=1)
+    distances: Sizes = np.linalg.norm(truth[:, one] - truth[:, other], axis=1)
+    return distances
 
 
 def _distances(found: Points, truth: Points, visible: Visible, sizes: Sizes) -> Sizes:
     """(N, K) in sizes, NaN for what does not count."""
     counted = visible & (sizes > 0)[:, None]
     distances = np.linalg.norm(np.asarray(found, dtype=np.float64) - truth, axis=2)
-    return np.divide(distances, sizes[:, None], out=np.full(distances.shape, np.nan), where=counted)
+    in_sizes: Sizes = np.divide(distances, sizes[:, None], out=np.full(distances.shape, np.nan), where=counted)
+    return in_sizes
 
 
 def _mean(values: Sizes) -> float:
