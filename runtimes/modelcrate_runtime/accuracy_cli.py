@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from modelcrate_runtime.class_labels import Labelled
     from modelcrate_runtime.coco_data import Boxes, Dataset, Skipped
-    from modelcrate_runtime.comparison import Score, TaskFacts
+    from modelcrate_runtime.comparison import Score, TaskFacts, Trial
     from modelcrate_runtime.sessions import SessionOptions
     from modelcrate_runtime.subjects import Subject
 
@@ -61,38 +61,30 @@ def compare_accuracy(
     """Measure accuracy on annotated images: COCO's AP and AR, PCK, AUC, EPE, NME, top-k; several targets and their checkpoint in one table."""
     with exit_on_error():
         from modelcrate_runtime.average_precision import check_evaluator
-        from modelcrate_runtime.coco_data import Skipped
-        from modelcrate_runtime.comparison import Trial, choose_metrics, facts_of, measure, require_alike
-        from modelcrate_runtime.flip_test import flip_test as flip_test_of
+        from modelcrate_runtime.comparison import Trial, choose_metrics, facts_of, require_alike
         from modelcrate_runtime.sessions import SessionOptions
         from modelcrate_runtime.subjects import find_subjects
 
+        has_boxes = det is not None or det_results is not None
         if det is not None and det_results is not None:
             raise ConfigError("--det, --det-results: expected one of them, found both")
+        if det_score and not has_boxes:
+            raise ConfigError("--det-score: expected --det or --det-results beside it, found neither")
         options = SessionOptions(device=device, device_id=device_id, threads=threads)
         found = find_subjects(subjects)
-        to_compare = found[_reference(found, subjects, reference)]
+        to_compare = _reference(found, subjects, reference)
         facts = require_alike(found, [facts_of(subject, options) for subject in found])
-        if facts.task != "pose estimator" and (det is not None or det_results is not None or flip_test):
+        if facts.task != "pose estimator" and (has_boxes or flip_test):
             option = "--flip-test" if flip_test else "--det, --det-results"
             raise ConfigError(f"{option}: expected pose estimators, found a {facts.task}", hint=f"leave {option} out")
-        metrics = choose_metrics(facts, metric or (), has_true_boxes=det is None and det_results is None)
+        metrics = choose_metrics(facts, metric or (), has_true_boxes=not has_boxes)
         if {"bbox", "keypoints"} & set(metrics):
             check_evaluator()
         places = _places(save_results, found, facts)
         data, skipped = _read(annotations, images or annotations.parent, facts, limit)
         boxes, more = _boxes(det, det_results, data, options, batch=batch, least_score=det_score)
         skipped += more
-        trial = Trial(metrics=metrics, data=data, boxes=boxes, batch=batch)
-        scores: list[Score] = []
-        for subject, place in zip(found, places, strict=True):
-            with subject.open(options, wrap=flip_test_of(subject) if flip_test else None) as task, _bar(subject.name) as report:
-                score = measure(task, facts, trial, report)
-            if place is not None:
-                _save(place, score, facts)
-            scores.append(score)
-            known = {(one.what, one.id) for one in skipped}
-            skipped += [Skipped(what="image", id=key, reason=text) for key, text in score.result.skipped.items() if ("image", key) not in known]
+        scores = _measure(found, places, facts, Trial(metrics=metrics, data=data, boxes=boxes, batch=batch), options, skipped, flip=flip_test)
         settings = {
             "annotations": str(annotations),
             "images": str(data.folder),
@@ -105,18 +97,42 @@ def compare_accuracy(
             _print_json(settings, found, scores, to_compare, facts, skipped, places)
         else:
             _print_table(settings, found, scores, to_compare, facts, skipped)
-        for place in places:
-            if place is not None:
-                consoles()[1].print(f"wrote {place}", style="dim", soft_wrap=True)
 
 
-def _reference(subjects: Sequence[Subject], texts: Sequence[str], wanted: str | None) -> int:
+def _measure(
+    subjects: Sequence[Subject],
+    places: Sequence[Path | None],
+    facts: TaskFacts,
+    trial: Trial,
+    options: SessionOptions,
+    skipped: list[Skipped],
+    *,
+    flip: bool,
+) -> list[Score]:
+    """One after another; the results of each are written before the next begins."""
+    from modelcrate_runtime.coco_data import Skipped
+    from modelcrate_runtime.comparison import measure
+    from modelcrate_runtime.flip_test import flip_test
+
+    scores: list[Score] = []
+    for subject, place in zip(subjects, places, strict=True):
+        with subject.open(options, wrap=flip_test(subject) if flip else None) as task, _bar(subject.name) as report:
+            score = measure(task, facts, trial, report)
+        if place is not None:
+            _save(place, score, facts)
+        scores.append(score)
+        known = {one.id for one in skipped if one.what == "image"}
+        skipped += [Skipped(what="image", id=key, reason=text) for key, text in score.result.skipped.items() if key not in known]
+    return scores
+
+
+def _reference(subjects: Sequence[Subject], texts: Sequence[str], wanted: str | None) -> Subject:
     """Which of them the others are compared with."""
     if wanted is None:
-        return next((i for i, subject in enumerate(subjects) if subject.bundle is None), 0)
-    for i, (subject, text) in enumerate(zip(subjects, texts, strict=True)):
+        return next((subject for subject in subjects if subject.bundle is None), subjects[0])
+    for subject, text in zip(subjects, texts, strict=True):
         if wanted in {subject.name, text}:
-            return i
+            return subject
     raise ConfigError(f"--reference: expected one of {', '.join(subject.name for subject in subjects)}, found {wanted}")
 
 
@@ -171,7 +187,9 @@ def _save(place: Path, score: Score, facts: TaskFacts) -> None:
     from modelcrate_runtime.images import write_file
 
     is_whole_body = facts.keypoint_count == sum(WHOLE_BODY.values())
-    write_file(place, msgspec.json.encode(whole_body_rows(score.result.rows) if is_whole_body else score.result.rows))
+    rows = whole_body_rows(score.result.rows) if is_whole_body else score.result.rows
+    write_file(place, msgspec.json.encode(rows), option="--save-results")
+    consoles()[1].print(f"wrote {place}", style="dim", soft_wrap=True)
 
 
 class _bar:  # noqa: N801  # a context manager that reads like a function

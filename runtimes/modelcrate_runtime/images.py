@@ -145,8 +145,13 @@ def write_arrays(path: Path, arrays: Mapping[str, NDArray[np.generic]]) -> None:
     write_file(path, content.getvalue())
 
 
-def write_file(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes, *, option: str = "--save") -> None:
     """Write the whole file or none.
+
+    Args:
+        path: its folder is made where there is none.
+        data: all of it.
+        option: what the place was given with.
 
     Raises:
         OutputError: the file cannot be written.
@@ -160,4 +165,4 @@ def write_file(path: Path, data: bytes) -> None:
         finally:
             partial.unlink(missing_ok=True)
     except OSError as error:
-        raise OutputError(f"{path}: expected to write there, found: {error.strerror}", hint="choose another place with --save") from error
+        raise OutputError(f"{path}: expected to write there, found: {error.strerror}", hint=f"choose another place with {option}") from error
