@@ -25,10 +25,12 @@ _PART_FIELDS: Final = ("foot_kpts", "face_kpts", "lefthand_kpts", "righthand_kpt
 
 
 class Image(msgspec.Struct):
-    """An image of COCO's annotations."""
+    """An image of COCO's annotations; its size is in pixels, if they say it."""
 
     id: int
     file_name: str
+    width: float | None = None
+    height: float | None = None
 
 
 class Category(msgspec.Struct):
@@ -112,7 +114,8 @@ class Dataset:
     Attributes:
         annotations: the file.
         raw: its content, as the evaluation reads it.
-        content: the part of it that is read here.
+        content: the part of it that is read here. Boxes end at the last pixel of the image where its size is known, as in MMPose's data sets; in `raw` they
+            are whole.
         folder: what the images' names are relative to.
     """
 
@@ -148,8 +151,10 @@ class Dataset:
             raise InputError(f"{annotations}: expected COCO annotations, found: {error}", hint=_COCO) from error
         if limit is not None:
             content.images = content.images[:limit]
-        known = {image.id for image in content.images}
+        known = {image.id: image for image in content.images}
         content.annotations = [one for one in content.annotations if one.image_id in known]
+        for one in content.annotations:
+            one.bbox = _cut_off(one.bbox, known[one.image_id])
         if not content.annotations:
             raise InputError(f"{annotations}: expected annotated images, found {len(content.images)} images without any annotation")
         return cls(annotations=annotations, raw=raw, content=content, folder=folder)
@@ -251,8 +256,7 @@ def _read_json(path: Path, kind: Any, expected: str, hint: str) -> Any:
 def sift(raw: dict[str, Any], *, annotations: Path, folder: Path, limit: int | None = None, keypoints: int | None = None) -> tuple[Dataset, list[Skipped]]:
     """What can be used of annotations, and what cannot.
 
-    The parts of COCO-WholeBody become one list of 133 keypoints. `content` has the boxes of objects with keypoints as MMPose's data sets have them, cut off
-    at the last pixel of the image where its size is known; `raw` keeps them whole.
+    The parts of COCO-WholeBody become one list of 133 keypoints.
 
     Args:
         raw: what `read_coco` gives.
@@ -283,7 +287,7 @@ def sift(raw: dict[str, Any], *, annotations: Path, folder: Path, limit: int | N
         reason = problem_of(whole, Annotation) or _unusable(whole, images, known, taken)
         if reason is None and keypoints is not None and whole.get("keypoints"):
             counts.add(len(whole["keypoints"]) // 3)
-            reason = _bad_keypoints(whole, keypoints, images[whole["image_id"]])
+            reason = _bad_keypoints(whole, keypoints, msgspec.convert(images[whole["image_id"]], Image))
         if reason is not None:
             skipped.append(Skipped(what="annotation", id=_name(one, number), reason=reason))
             continue
@@ -294,11 +298,7 @@ def sift(raw: dict[str, Any], *, annotations: Path, folder: Path, limit: int | N
     if skipped and not kept:
         raise InputError(f"{annotations}: expected annotations that can be used, found none of {len(skipped)}: {skipped[0]}", hint=_COCO)
     clean = raw | {"images": list(images.values()), "annotations": kept, "categories": categories}
-    dataset = Dataset.of(clean, annotations=annotations, folder=folder, limit=limit)
-    if keypoints is not None:
-        for annotation in dataset.content.annotations:
-            annotation.bbox = _cut_off(annotation.bbox, images[annotation.image_id])
-    return dataset, skipped
+    return Dataset.of(clean, annotations=annotations, folder=folder, limit=limit), skipped
 
 
 def _list_of(raw: dict[str, Any], key: str, annotations: Path) -> list[Any]:
@@ -350,7 +350,7 @@ def _unusable(one: dict[str, Any], images: Mapping[int, Any], categories: set[in
     return None
 
 
-def _bad_keypoints(one: dict[str, Any], keypoints: int, image: dict[str, Any]) -> str | None:
+def _bad_keypoints(one: dict[str, Any], keypoints: int, image: Image) -> str | None:
     if len(one["keypoints"]) != 3 * keypoints:
         return f"keypoints: expected {3 * keypoints} numbers, found {len(one['keypoints'])}"
     if not all(math.isfinite(number) for number in one["keypoints"]):
@@ -360,14 +360,14 @@ def _bad_keypoints(one: dict[str, Any], keypoints: int, image: dict[str, Any]) -
     return None if min(_cut_off(one["bbox"], image)[2:]) > 0 else f"bbox: expected an area within the image, found {one['bbox']}"
 
 
-def _cut_off(bbox: Sequence[float], image: dict[str, Any]) -> tuple[float, float, float, float]:
-    """MMPose's data sets cut boxes off at the last pixel, `BaseCocoStyleDataset.parse_data_info`."""
+def _cut_off(bbox: Sequence[float], image: Image) -> tuple[float, float, float, float]:
+    """What of a box lies before the last pixel of the image: `BaseCocoStyleDataset.parse_data_info`."""
     left, top, width, height = bbox
-    limits: list[Any] = [image.get("width"), image.get("height")]
-    if not all(isinstance(limit, (int, float)) and limit > 0 for limit in limits):
+    if not image.width or not image.height:
         return left, top, width, height
     (x, right), (y, bottom) = (
-        (min(max(first, 0), limit - 1), min(max(first + side, 0), limit - 1)) for first, side, limit in zip((left, top), (width, height), limits, strict=True)
+        (min(max(first, 0.0), limit - 1), min(max(first + side, 0.0), limit - 1))
+        for first, side, limit in ((left, width, image.width), (top, height, image.height))
     )
     return x, y, right - x, bottom - y
 

@@ -119,6 +119,8 @@ def test_true_boxes_end_at_the_last_pixel_and_the_truth_does_not() -> None:
     dataset, _ = sifted(raw)
     assert [one.bbox for one in dataset.content.annotations] == [(0, 10, 99, 69), (-5, 10, 200, 200), (5, 6, 50, 40)]
     assert dataset.raw["annotations"][0]["bbox"] == [-5, 10, 200, 200]
+    strict = Dataset.of(raw, annotations=Path("a.json"), folder=Path())
+    assert [one.bbox for one in strict.content.annotations] == [one.bbox for one in dataset.content.annotations]
 
 
 def test_a_limit_takes_the_first_images_and_says_nothing_of_the_others() -> None:
