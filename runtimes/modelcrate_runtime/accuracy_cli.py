@@ -17,6 +17,8 @@ from modelcrate_runtime.cli import DEVICE, DEVICE_ID, JSON_OPTION, THREADS, app,
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from rich.table import Table
+
     from modelcrate_runtime.class_labels import Labelled
     from modelcrate_runtime.coco_data import Boxes, Dataset, Skipped
     from modelcrate_runtime.comparison import Score, TaskFacts, Trial
@@ -27,6 +29,8 @@ _NAMED = 5
 """How many of what was skipped are named below the table."""
 _MAIN = {"bbox": "AP", "keypoints": "AP", "pck": "PCK", "auc": "AUC", "epe": "EPE", "nme": "NME", "topk": "top-1"}
 """Metric -> the figure whose drop the table has."""
+_SMALL = frozenset({"APS", "APM", "APL", "AR1", "AR10", "AR50", "AR75", "ARS", "ARM", "ARL"})
+"""What a narrow table does without."""
 
 
 @app.command("test")
@@ -268,9 +272,7 @@ def _print_json(
 def _print_table(
     settings: dict[str, Any], subjects: Sequence[Subject], scores: Sequence[Score], to_compare: Subject, facts: TaskFacts, skipped: Sequence[Skipped]
 ) -> None:
-    from rich.table import Table
-
-    from modelcrate_runtime.comparison import drops, norms_of
+    from modelcrate_runtime.comparison import norms_of
 
     out = consoles()[0]
     best = scores[list(subjects).index(to_compare)]
@@ -278,15 +280,13 @@ def _print_table(
     flip = ", flip test" if settings["flip_test"] else ""
     out.print(f"{settings['annotations']}: {best.result.images} images, {best.objects} results{where}{flip}", style="italic", soft_wrap=True)
     columns = _columns(best)
-    table = Table("subject", *(heading for heading, _, _ in columns), *(f"{name} drop" for name in _main_figures(best).values()), "images/s")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for subject, score in zip(subjects, scores, strict=True):
-        behind = drops(score.figures, best.figures)
-        cells = [_figure(name, score.figures[metric][name]) for _, metric, name in columns]
-        lost = ["reference" if subject is to_compare else _drop(name, behind[metric][name]) for metric, name in _main_figures(best).items()]
-        table.add_row(subject.name, *cells, *lost, f"{score.images_per_s:.1f}")
-    out.print(table)
+    table = _table(subjects, scores, to_compare, columns)
+    fewer = [column for column in columns if column[2] not in _SMALL]
+    if len(fewer) < len(columns) and out.measure(table, options=out.options.update(max_width=1000)).maximum > out.width:
+        out.print(_table(subjects, scores, to_compare, fewer))
+        out.print("a wider terminal, and --json, have more figures", style="dim", soft_wrap=True)
+    else:
+        out.print(table)
     for metric, words in norms_of(settings["metrics"], facts).items():
         if metric != "epe":
             out.print(f"{_MAIN[metric]}: {words}", style="dim", soft_wrap=True)
@@ -298,6 +298,25 @@ def _print_table(
             out.print(f"  {one}", style="yellow", soft_wrap=True)
         if len(skipped) > _NAMED:
             out.print(f"  and {len(skipped) - _NAMED} more: --json names all", style="yellow")
+
+
+def _table(subjects: Sequence[Subject], scores: Sequence[Score], to_compare: Subject, columns: Sequence[tuple[str, str, str]]) -> Table:
+    from rich.table import Table
+
+    from modelcrate_runtime.comparison import drops
+
+    best = scores[list(subjects).index(to_compare)]
+    table = Table("subject", *(heading for heading, _, _ in columns), *(f"{name} drop" for name in _main_figures(best).values()), "images/s")
+    table.columns[0].overflow = "fold"  # names that differ at their ends must not be cut off there
+    for column in table.columns[1:]:
+        column.justify = "right"
+        column.no_wrap = True
+    for subject, score in zip(subjects, scores, strict=True):
+        behind = drops(score.figures, best.figures)
+        cells = [_figure(name, score.figures[metric][name]) for _, metric, name in columns]
+        lost = ["reference" if subject is to_compare else _drop(name, behind[metric][name]) for metric, name in _main_figures(best).items()]
+        table.add_row(subject.name, *cells, *lost, f"{score.images_per_s:.1f}")
+    return table
 
 
 def _main_figures(score: Score) -> dict[str, str]:

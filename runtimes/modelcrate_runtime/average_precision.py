@@ -27,8 +27,8 @@ KEYPOINT_SCORE: Final = 0.2
 """Keypoints that score more count in the score of a pose; MMPose's `vis_thr` of COCO."""
 FIGURES: Final = ("AP", "AP50", "AP75", "AR")
 """What gates look at."""
-BOX_FIGURES: Final = ("AP", "AP50", "AP75", "APS", "APM", "APL", "AR1", "AR10", "AR100", "ARS", "ARM", "ARL")
-KEYPOINT_FIGURES: Final = ("AP", "AP50", "AP75", "APM", "APL", "AR", "AR50", "AR75", "ARM", "ARL")
+BOX_FIGURES: Final[Sequence[str]] = ("AP", "AP50", "AP75", "APS", "APM", "APL", "AR1", "AR10", "AR100", "ARS", "ARM", "ARL")
+KEYPOINT_FIGURES: Final[Sequence[str]] = ("AP", "AP50", "AP75", "APM", "APL", "AR", "AR50", "AR75", "ARM", "ARL")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -116,7 +116,8 @@ def average_precision(dataset: Dataset, result: Accuracy, sigmas: Sequence[float
     if not result.rows:
         return dict.fromkeys(BOX_FIGURES if result.kind == "bbox" else KEYPOINT_FIGURES, 0.0)
     images = [image.id for image in dataset.content.images if image.id not in result.skipped]
-    figures = _evaluate(_filled(dataset.raw, kind=result.kind), result.rows, images, kind=result.kind, sigmas=sigmas)
+    kind: Literal["bbox", "keypoints"] = "bbox" if result.kind == "bbox" else "keypoints"
+    figures = _evaluate(_filled(dataset.raw, kind=kind), result.rows, images, kind=kind, sigmas=sigmas)
     if math.isnan(figures["AP"]):  # no gate is to pass on two figures for nothing
         raise InputError(f"{dataset.annotations}: expected objects to find in the images, found none of the classes that is no crowd", hint="give other data")
     return figures
@@ -149,12 +150,12 @@ def whole_body_precision(dataset: Dataset, result: Accuracy, sigmas: Sequence[fl
         truth = dataset.raw | {"annotations": [one | {"keypoints": one.get("keypoints", [])[own]} for one in dataset.raw["annotations"]]}
         found = [row | {"keypoints": row["keypoints"][own]} for row in rows if any(score > 0 for score in row["keypoints"][own][2::3])]
         filled = _filled(truth, kind="keypoints")
-        nothing = dict.fromkeys(KEYPOINT_FIGURES, 0.0)
+        nothing: dict[str, float] = dict.fromkeys(KEYPOINT_FIGURES, 0.0)
         figures[f"keypoints_{part}"] = _evaluate(filled, found, images, kind="keypoints", sigmas=sigmas[end - count : end]) if found else nothing
     return figures
 
 
-def _evaluate(truth: dict[str, Any], rows: Rows, images: list[int], *, kind: str, sigmas: Sequence[float]) -> dict[str, float]:
+def _evaluate(truth: dict[str, Any], rows: Rows, images: list[int], *, kind: Literal["bbox", "keypoints"], sigmas: Sequence[float]) -> dict[str, float]:
     from faster_coco_eval import COCO, COCOeval_faster
 
     with contextlib.redirect_stdout(io.StringIO()):

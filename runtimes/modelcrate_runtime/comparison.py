@@ -154,7 +154,7 @@ def choose_metrics(facts: TaskFacts, wanted: Sequence[str], *, has_true_boxes: b
     for metric in wanted:
         if metric not in allowed:
             raise ConfigError(f"--metric {metric}: expected one of {', '.join(allowed)} for a {facts.task}, found {metric}")
-    chosen = tuple(metric for metric in allowed if metric in wanted) or _suitable(facts)
+    chosen: tuple[Metric, ...] = tuple(metric for metric in allowed if metric in wanted) or _suitable(facts)
     if "keypoints" in chosen and len(_sigmas(facts)) != facts.keypoint_count:
         raise ConfigError(f"--metric keypoints: expected keypoints whose sigmas are known, found {facts.keypoint_count} without", hint="--metric pck")
     paired = [metric for metric in chosen if metric in {"pck", "auc", "epe", "nme"}]

@@ -158,6 +158,15 @@ def test_the_table_says_the_same(people: Path, run: Run, measured: Callable[...,
     assert "skipped" not in done.output
 
 
+def test_a_narrow_table_has_fewer_figures_and_whole_names(people: Path, run: Run, demo_detector_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    done = run(demo_detector_bundle, demo_detector_bundle, "--annotations", people, "--limit", 2)
+    rows = cells(done.stdout)
+    assert list(rows[0]) == ["subject", "AP", "AP50", "AP75", "AR100", "AP drop", "images/s"]
+    assert "".join(row["subject"] for row in rows) == "demo-det_onnxruntimedemo-det_onnxruntime (2)"
+    assert "--json, have more figures" in done.stdout
+
+
 def test_another_reference(people: Path, measured: Callable[..., dict[str, Any]], run: Run, demo_pose_bundle: Path) -> None:
     for name in ("demo-pose_onnxruntime", str(demo_pose_bundle)):
         assert measured("demo-pose", demo_pose_bundle, "--annotations", people, "--limit", 2, "--reference", name)["reference"] == "demo-pose_onnxruntime"
