@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from modelcrate_runtime.class_labels import Labelled
     from modelcrate_runtime.coco_data import Boxes, Dataset, Skipped
-    from modelcrate_runtime.comparison import Score, TaskFacts, Trial
+    from modelcrate_runtime.trials import Score, TaskFacts, Trial
     from modelcrate_runtime.sessions import SessionOptions
     from modelcrate_runtime.subjects import Subject
 
@@ -65,7 +65,7 @@ def compare_accuracy(
     """Measure accuracy on annotated images: COCO's AP and AR, PCK, AUC, EPE, NME, top-k; several targets and their checkpoint in one table."""
     with exit_on_error():
         from modelcrate_runtime.average_precision import check_evaluator
-        from modelcrate_runtime.comparison import Trial, choose_metrics, facts_of, require_alike
+        from modelcrate_runtime.trials import Trial, choose_metrics, facts_of, require_alike
         from modelcrate_runtime.sessions import SessionOptions
         from modelcrate_runtime.subjects import find_subjects
 
@@ -115,7 +115,7 @@ def _measure(
 ) -> list[Score]:
     """One after another; the results of each are written before the next begins."""
     from modelcrate_runtime.coco_data import Skipped
-    from modelcrate_runtime.comparison import measure
+    from modelcrate_runtime.trials import measure
     from modelcrate_runtime.flip_test import flip_test
 
     scores: list[Score] = []
@@ -187,7 +187,7 @@ def _save(place: Path, score: Score, facts: TaskFacts) -> None:
     import msgspec
 
     from modelcrate_runtime.coco_data import WHOLE_BODY
-    from modelcrate_runtime.comparison import whole_body_rows
+    from modelcrate_runtime.trials import whole_body_rows
     from modelcrate_runtime.images import write_file
 
     is_whole_body = facts.keypoint_count == sum(WHOLE_BODY.values())
@@ -244,7 +244,7 @@ def _print_json(
 ) -> None:
     import msgspec
 
-    from modelcrate_runtime.comparison import drops, norms_of
+    from modelcrate_runtime.trials import drops, norms_of
 
     best = scores[list(subjects).index(to_compare)]
     rows = [
@@ -272,7 +272,7 @@ def _print_json(
 def _print_table(
     settings: dict[str, Any], subjects: Sequence[Subject], scores: Sequence[Score], to_compare: Subject, facts: TaskFacts, skipped: Sequence[Skipped]
 ) -> None:
-    from modelcrate_runtime.comparison import norms_of
+    from modelcrate_runtime.trials import norms_of
 
     out = consoles()[0]
     best = scores[list(subjects).index(to_compare)]
@@ -303,7 +303,7 @@ def _print_table(
 def _table(subjects: Sequence[Subject], scores: Sequence[Score], to_compare: Subject, columns: Sequence[tuple[str, str, str]]) -> Table:
     from rich.table import Table
 
-    from modelcrate_runtime.comparison import drops
+    from modelcrate_runtime.trials import drops
 
     best = scores[list(subjects).index(to_compare)]
     table = Table("subject", *(heading for heading, _, _ in columns), *(f"{name} drop" for name in _main_figures(best).values()), "images/s")
