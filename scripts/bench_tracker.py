@@ -207,8 +207,8 @@ def run_ours(job: dict[str, Any]) -> Any:
     update = tracker.track
     found: list[Any] = []
 
-    def keep(state: Any, frame: Any, detect: int = -1) -> TrackedPoses:
-        tracked = update(state, frame, detect)
+    def keep(state: Any, frame: Any, **more: Any) -> TrackedPoses:
+        tracked = update(state, frame, **more)
         found.append((tracked.keypoints_xy, tracked.track_ids))
         return tracked
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
@@ -17,6 +18,7 @@ from modelcrate_converter.config import DeployConfig
 from modelcrate_converter.describe import describe_deploy, describe_pipeline
 from modelcrate_converter.exportable import BoxesFacts
 from modelcrate_runtime.accuracy import Accuracy, Dataset, evaluate_boxes, evaluate_keypoints
+from modelcrate_runtime.sessions import LayerTime
 from modelcrate_runtime.subjects import Subject
 from modelcrate_runtime.tasks import Classifier, Detector, Network, PoseDetector
 
@@ -80,6 +82,46 @@ class TorchSession:
         return found
 
     run_beside = run
+
+    def layer_times(self, feeds: Mapping[str, NDArray[np.generic]], *, runs: int) -> list[LayerTime]:
+        """See `TimesLayers`: the modules that have none inside, by clocks before and after each. What happens between modules is nobody's."""
+        if self._model is None:
+            raise InputError("PyTorch: expected an open session, found a closed one")
+        seconds: dict[str, list[float]] = {}
+        kinds: dict[str, str] = {}
+        started: list[float] = []
+
+        def before(*_: Any) -> None:
+            self._wait()
+            started.append(time.perf_counter())
+
+        def after(name: str) -> Callable[..., None]:
+            def stop(*_: Any) -> None:
+                self._wait()
+                seconds.setdefault(name, []).append(time.perf_counter() - started.pop())
+
+            return stop
+
+        leaves = [(name, module) for name, module in self._model.module.named_modules() if not any(module.children())]
+        hooks = []
+        for name, module in leaves:
+            kinds[name] = type(module).__name__
+            hooks += [module.register_forward_pre_hook(before), module.register_forward_hook(after(name))]
+        try:
+            self.run(feeds)
+            calls = {name: len(those) for name, those in seconds.items()}  # a module that is used several times is one layer: its calls are added up
+            seconds.clear()
+            for _ in range(runs):
+                self.run(feeds)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        summed = {name: np.array(those).reshape(runs, calls[name]).sum(axis=1) for name, those in seconds.items()}
+        return [LayerTime(name=name, kind=kinds[name], seconds=float(np.median(those))) for name, those in summed.items()]
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
     def close(self) -> None:
         """Let the network go."""
@@ -152,6 +194,7 @@ def subject_of(model: ExportableModel, file: Path) -> Subject:
             model, device=f"cuda:{options.device_id}" if options.device == "cuda" else options.device, threads=options.threads
         ),
         open_around=lambda session: open_around(model, session),
+        text=str(file),
     )
 
 

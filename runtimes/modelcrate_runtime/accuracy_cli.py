@@ -188,11 +188,11 @@ def _save(place: Path, score: Score, facts: TaskFacts) -> None:
 
     from modelcrate_runtime.coco_data import WHOLE_BODY
     from modelcrate_runtime.trials import whole_body_rows
-    from modelcrate_runtime.images import write_file
+    from modelcrate_runtime.images import write_bytes
 
     is_whole_body = facts.keypoint_count == sum(WHOLE_BODY.values())
     rows = whole_body_rows(score.result.rows) if is_whole_body else score.result.rows
-    write_file(place, msgspec.json.encode(rows), option="--save-results")
+    write_bytes(place, msgspec.json.encode(rows), option="--save-results")
     consoles()[1].print(f"wrote {place}", style="dim", soft_wrap=True)
 
 

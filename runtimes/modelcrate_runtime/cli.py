@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from rich.console import Console
 
-    from modelcrate_runtime.profiler import Latency
     from modelcrate_runtime.tasks import Network
     from modelcrate_runtime.top_down import Instance
 
@@ -39,6 +38,7 @@ _interrupts: Final[list[int]] = []
 # What commands have in common.
 DEVICE = Annotated[str, typer.Option(help="cpu or cuda; default: cuda for TensorRT, cpu for all others.")]
 DEVICE_ID = Annotated[int, typer.Option("--device-id", "--device_id", min=0, help="Which of them.")]
+CUDA_BINDING = Annotated[str | None, typer.Option(help="TensorRT: cuda-python or pycuda; default: what is installed.")]
 THREADS = Annotated[int | None, typer.Option(min=1, help="Threads inside one operator; default: one per usable core.")]
 JSON_OPTION = typer.Option("--json", help="Print JSON instead of tables.")
 
@@ -130,7 +130,7 @@ def run(
     geometry: Annotated[Literal["exact", "sdk"] | None, typer.Option(help="Crop and box convention; default: the bundle's own.")] = None,
     device: DEVICE = "",
     device_id: DEVICE_ID = 0,
-    cuda_binding: Annotated[str | None, typer.Option(help="TensorRT: cuda-python or pycuda; default: what is installed.")] = None,
+    cuda_binding: CUDA_BINDING = None,
     threads: THREADS = None,
     as_json: Annotated[bool, JSON_OPTION] = False,
 ) -> None:
@@ -260,62 +260,6 @@ def inspect(
             sys.stdout.write(msgspec.json.format(msgspec.json.encode(raw), indent=1).decode() + "\n")
             return
         _print_bundle(opened)
-
-
-@app.command()
-def profile(
-    bundle: Annotated[Path, typer.Argument(help="A bundle's folder or a zip of it.")],
-    image: Annotated[Path | None, typer.Argument(help="Measure the whole way from this image to its result too.")] = None,
-    warmup: Annotated[int, typer.Option(min=0, help="Calls that do not count.")] = 50,
-    runs: Annotated[int, typer.Option(min=1, help="Calls that do.")] = 200,
-    batch: Annotated[int, typer.Option(min=1, help="Inputs in one call of the network.")] = 1,
-    device: DEVICE = "",
-    device_id: DEVICE_ID = 0,
-    cuda_binding: Annotated[str | None, typer.Option(help="TensorRT: cuda-python or pycuda; default: what is installed.")] = None,
-    threads: THREADS = None,
-    as_json: Annotated[bool, JSON_OPTION] = False,
-) -> None:
-    """Measure how long a bundle's network takes on this machine, and with an image the whole call."""
-    with exit_on_error():
-        from dataclasses import asdict
-
-        from modelcrate_runtime.images import read_image
-        from modelcrate_runtime.profiler import Latency, measure_seconds, network_call
-        from modelcrate_runtime.sessions import BACKENDS
-        from modelcrate_runtime.tasks import open_task
-
-        opened = Bundle.open(bundle)
-        pixels = read_image(image) if image is not None else None
-        with open_task(opened, device, device_id, threads=threads, cuda_binding=cuda_binding) as task:
-            figures = {"network": Latency.of(measure_seconds(network_call(task.session, batch=batch), runs=runs, warmup=warmup), inputs=batch)}
-            if pixels is not None:
-                figures["image to result"] = Latency.of(measure_seconds(lambda: task(pixels), runs=runs, warmup=warmup))
-        settings = {
-            "bundle": opened.name,
-            "device": device or BACKENDS[opened.model.backend].device,
-            "threads": threads or "all",
-            "batch": batch,
-            "warmup": warmup,
-            "runs": runs,
-        }
-        if as_json:
-            sys.stdout.write(json.dumps({"settings": settings, "results": {what: asdict(of) for what, of in figures.items()}}, indent=1) + "\n")
-            return
-        _print_profile(settings, figures)
-
-
-def _print_profile(settings: dict[str, Any], figures: dict[str, Latency]) -> None:
-    from rich.table import Table
-
-    out = consoles()[0]
-    out.print(", ".join(f"{key} {value}" for key, value in settings.items()), style="italic", soft_wrap=True)
-    table = Table("ms", *figures)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for name, field in (("mean", "mean_ms"), ("median", "median_ms"), ("least", "min_ms"), ("greatest", "max_ms"), ("90 %", "p90_ms"), ("deviation", "std_ms")):
-        table.add_row(name, *(f"{getattr(of, field):.3f}" for of in figures.values()))
-    table.add_row("per second", *(f"{of.per_second:.1f}" for of in figures.values()))
-    out.print(table)
 
 
 def backend_rows(*, can_build: dict[str, tuple[bool, str]]) -> list[dict[str, Any]]:

@@ -127,7 +127,7 @@ def write_image(path: Path, image: NDArray[np.uint8]) -> None:
         if not done:
             raise OutputError(f"{path}: OpenCV could not encode the picture")
         data = encoded.tobytes()
-    write_file(path, data)
+    write_bytes(path, data)
 
 
 def write_arrays(path: Path, arrays: Mapping[str, NDArray[np.generic]]) -> None:
@@ -142,10 +142,10 @@ def write_arrays(path: Path, arrays: Mapping[str, NDArray[np.generic]]) -> None:
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as stream:
                 np.lib.format.write_array(stream, array, allow_pickle=False)
-    write_file(path, content.getvalue())
+    write_bytes(path, content.getvalue())
 
 
-def write_file(path: Path, data: bytes, *, option: str = "--save") -> None:
+def write_bytes(path: Path, data: bytes, *, option: str = "--save") -> None:
     """Write the whole file or none.
 
     Args:

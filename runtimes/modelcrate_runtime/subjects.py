@@ -31,6 +31,8 @@ class Subject:
         precision: what its network computes in: fp32, fp16, bf16, int8, mixed.
         size_bytes: of the files that a device needs.
         bundle: the bundle, None for a checkpoint.
+        text: what another process finds it by.
+        checkpoints: "module:function" that finds it, see `know_checkpoints`; empty for bundles.
         open_network: loads the network.
         open_around: the task around a network that is loaded.
     """
@@ -42,6 +44,8 @@ class Subject:
     bundle: Bundle | None
     open_network: Callable[[SessionOptions], Session]
     open_around: Callable[[Session], Task]
+    text: str
+    checkpoints: str = ""
 
     def open(self, options: SessionOptions | None = None, *, wrap: Wrap | None = None) -> Task:
         """Load it.
@@ -83,6 +87,7 @@ def of_bundle(bundle: Bundle) -> Subject:
         bundle=bundle,
         open_network=lambda options: open_session(bundle, options),
         open_around=lambda session: open_task(bundle, session=session),
+        text=str(bundle.root),
     )
 
 
@@ -107,7 +112,8 @@ def find_subject(text: str) -> Subject:
     path = Path(text)
     if not _CHECKPOINTS or path.is_dir() or (path.is_file() and _is_zipped_bundle(path)):
         return of_bundle(Bundle.open(path))
-    return _CHECKPOINTS[0](text)
+    find = _CHECKPOINTS[0]
+    return replace(find(text), text=text, checkpoints=f"{find.__module__}:{find.__qualname__}")
 
 
 def _is_zipped_bundle(path: Path) -> bool:

@@ -169,17 +169,20 @@ class _Task:
         """The same for bundles that say nothing of it."""
         return DEFAULT_MAX_BATCH
 
-    def _infer(self, count: int, feed: Feed, feed_beside: Feed) -> list[tuple[range, Outputs]]:
+    def _infer(self, count: int, feed: Feed, feed_beside: Feed, *, beside: bool = False) -> list[tuple[range, Outputs]]:
         """Run `count` inputs in as few calls as the artefact allows, or side by side where the backend is faster so.
 
         Args:
             count: how many inputs there are.
             feed: makes the inputs number `part`, (n, C, h, w) float32, with as many threads as it likes.
             feed_beside: the same in one thread.
+            beside: whether another network runs meanwhile, so that this one is to take its share of the threads alone.
 
         Returns:
             The parts in order, each with its outputs.
         """
+        if beside:
+            return [(part, self._call(feed_beside(part), self.session.run_beside)) for part in _chunks(range(count), self._max_batch)]
         lanes, rest = plan_calls(count, max_batch=self._max_batch, streams=self.session.streams)
         results = self._side_by_side(lanes, feed_beside) if lanes else []
         return results + [(part, self._call(feed(part), self.session.run)) for part in rest]
@@ -199,7 +202,7 @@ class _Task:
             results += future.result()
         return results
 
-    def _infer_images(self, prepared: list[tuple[Tensor, ImageMeta]]) -> Iterator[tuple[list[int], list[ImageMeta], Outputs]]:
+    def _infer_images(self, prepared: list[tuple[Tensor, ImageMeta]], *, beside: bool = False) -> Iterator[tuple[list[int], list[ImageMeta], Outputs]]:
         """Run preprocessed images; those of one input shape share calls. Call by call: a graph with NMS may give another number of rows each time.
 
         Yields:
@@ -214,7 +217,7 @@ class _Task:
                 tensors = [prepared[of_shape[i]][0] for i in part]
                 return tensors[0] if len(tensors) == 1 else np.concatenate(tensors)
 
-            for part, outputs in self._infer(len(of_shape), feed, feed):
+            for part, outputs in self._infer(len(of_shape), feed, feed, beside=beside):
                 indices = [of_shape[i] for i in part]
                 yield indices, [prepared[i][1] for i in indices], outputs
 
@@ -293,10 +296,15 @@ class Detector(_Task):
         """
         return self.detect_batch([image])[0]
 
-    def detect_batch(self, images: Sequence[NDArray[np.uint8]]) -> list[Detections]:
-        """Detect in several images, of any sizes; those that need the same network input shape share a call."""
+    def detect_batch(self, images: Sequence[NDArray[np.uint8]], *, beside: bool = False) -> list[Detections]:
+        """Detect in several images, of any sizes; those that need the same network input shape share a call.
+
+        Args:
+            images: as `detect` takes them.
+            beside: whether another network runs meanwhile, so that this one is to take its share of the threads alone: see `Session.run_beside`.
+        """
         results: list[Detections | None] = [None] * len(images)
-        for indices, metas, outputs in self._infer_images([self._preprocessor.image(image) for image in images]):
+        for indices, metas, outputs in self._infer_images([self._preprocessor.image(image) for image in images], beside=beside):
             for i, detections in zip(indices, self._decoder.decode(outputs, metas), strict=True):
                 results[i] = detections
         return [detections for detections in results if detections is not None]

@@ -166,10 +166,15 @@ class TrackerState:
     next_id: int = 0
     tracks: list[_Track] = field(default_factory=list)
 
-    def wants_detection(self, detect: int) -> bool:
-        """Whether the detector runs on the next frame; -1 leaves it to the interval."""
-        interval = self.params.det_interval
-        return bool(detect) if detect != -1 else interval > 0 and self.frames % interval == 0
+    def wants_detection(self, detect: int = -1, *, frame: int | None = None) -> bool:
+        """Whether the detector runs on a frame.
+
+        Args:
+            detect: 0 or 1; -1 leaves it to the interval.
+            frame: its number, counted from 0; None is the next one.
+        """
+        interval, number = self.params.det_interval, self.frames if frame is None else frame
+        return bool(detect) if detect != -1 else interval > 0 and number % interval == 0
 
     def candidates(self, size_wh: tuple[int, int], found: Detections | None) -> _Candidates:
         """Where to look for poses in the next frame.
@@ -410,21 +415,43 @@ class PoseTracker:
         """`__call__` for one frame of each of several videos, in as few network calls as possible."""
         return [_as_mmdeploy(tracked) for tracked in self.track_batch(states, frames, detects)]
 
-    def track(self, state: TrackerState, frame: Image, detect: int = -1) -> TrackedPoses:
+    def track(self, state: TrackerState, frame: Image, detect: int = -1, *, found: Detections | None = None) -> TrackedPoses:
         """Track one frame; the arguments are those of `__call__`.
+
+        Args:
+            state: of this video.
+            frame: as there.
+            detect: as there.
+            found: what the detector found in this frame, where it ran already: see `detect_ahead`.
 
         Raises:
             InputError: not such an image.
         """
-        return self.track_batch([state], [frame], [detect])[0]
+        return self.track_batch([state], [frame], [detect], founds=[found])[0]
 
-    def track_batch(self, states: Sequence[TrackerState], frames: Sequence[Image], detects: Sequence[int] = ()) -> list[TrackedPoses]:
+    def detect_ahead(self, frame: Image) -> Detections:
+        """Run the detector on a frame whose turn has not come, in another thread than the one that tracks.
+
+        It needs nothing of the frames before, and takes its share of the threads alone.
+
+        Raises:
+            InputError: not such an image.
+        """
+        start = time.perf_counter()
+        found = self.detector.detect_batch([frame], beside=True)[0]
+        self.seconds["detect"] += time.perf_counter() - start
+        return found
+
+    def track_batch(
+        self, states: Sequence[TrackerState], frames: Sequence[Image], detects: Sequence[int] = (), *, founds: Sequence[Detections | None] = ()
+    ) -> list[TrackedPoses]:
         """Track one frame of each of several videos.
 
         Args:
             states: of different videos.
             frames: one of each.
             detects: for each whether to run the detector; empty leaves it to their intervals.
+            founds: for each what the detector found already, or None; empty for none.
 
         Raises:
             InputError: not such images, another number of them, or one video twice.
@@ -434,9 +461,11 @@ class PoseTracker:
             raise InputError(f"expected as many frames as states, found {len(frames)} and {len(states)}" + (f", and {len(detects)} detects" if detects else ""))
         if len({id(state) for state in states}) != len(states):
             raise InputError("expected different videos, found one of them twice", hint="their frames come one after another")
-        chosen = [i for i, state in enumerate(states) if state.wants_detection(wanted[i])]
+        found = {i: one for i, one in enumerate(founds) if one is not None}
+        chosen = [i for i, state in enumerate(states) if i not in found and state.wants_detection(wanted[i])]
         times = [time.perf_counter()]
-        found: dict[int, Detections] = dict(zip(chosen, self.detector.detect_batch([frames[i] for i in chosen]), strict=True)) if chosen else {}
+        if chosen:
+            found |= zip(chosen, self.detector.detect_batch([frames[i] for i in chosen]), strict=True)
         times.append(time.perf_counter())
         candidates = [state.candidates((frame.shape[1], frame.shape[0]), found.get(i)) for i, (state, frame) in enumerate(zip(states, frames, strict=True))]
         boxes = [self._rectangles(of_frame.boxes) for of_frame in candidates]

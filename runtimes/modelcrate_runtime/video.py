@@ -374,7 +374,7 @@ class Progress:
         seconds: since the first frame was asked for.
         targets: how many tracks were seen, over all frames.
         ids: how many different tracks there were.
-        stages: decode, detect, pose, track, draw and encode -> seconds. Decoding and drawing run beside the others.
+        stages: decode, detect, pose, track, draw and encode -> seconds. Decoding and detecting, the others, and drawing run beside each other.
     """
 
     frames: int = 0
@@ -462,7 +462,7 @@ def track_video(
     """
     reader, writer = _Lane(), _Lane()
     progress = Progress(total=source.count)
-    threads = [threading.Thread(target=_read, args=(source, prepare, reader), name="decode", daemon=True)]
+    threads = [threading.Thread(target=_read, args=(source, prepare, tracker, state, reader), name="decode", daemon=True)]
     if sink is not None and draw is not None:
         threads.append(threading.Thread(target=_write, args=(sink, draw, writer), name="encode", daemon=True))
     before = dict(tracker.seconds)
@@ -473,16 +473,17 @@ def track_video(
     try:
         while True:
             try:
-                image = reader.get(limit_s=stall_s if source.is_live else None)
+                item = reader.get(limit_s=stall_s if source.is_live else None)
             except queue.Empty:
                 raise InputError(
                     f"{source.name}: expected a frame within {stall_s:g} s, found none: the stream stalls", hint="--stall says how long to wait"
                 ) from None
-            if image is _END:
+            if item is _END:
                 if reader.error is not None:
                     raise reader.error
                 break
-            tracked = tracker.track(state, image)
+            image, found = item
+            tracked = tracker.track(state, image, found=found)
             if lines is not None:
                 lines.write(progress.frames, progress.frames / source.frame_rate, tracked)
             if sink is not None and draw is not None and not writer.put((image, tracked)):
@@ -517,15 +518,18 @@ def track_video(
     return progress
 
 
-def _read(source: Source, prepare: Callable[[Image], Image] | None, lane: _Lane) -> None:
+def _read(source: Source, prepare: Callable[[Image], Image] | None, tracker: PoseTracker, state: TrackerState, lane: _Lane) -> None:
+    """Frames, and what the detector finds in them while the poses of an earlier frame are estimated: it needs nothing of what is tracked."""
     spent = 0.0
+    first = state.frames
     try:
         start = time.perf_counter()
-        for frame in source:
+        for i, frame in enumerate(source):
             image = prepare(frame) if prepare is not None else frame
             spent += time.perf_counter() - start
             lane.seconds["decode"] = spent
-            if not lane.put(image):
+            found = tracker.detect_ahead(image) if state.wants_detection(frame=first + i) else None
+            if not lane.put((image, found)):
                 return
             start = time.perf_counter()
     except BaseException as error:  # noqa: BLE001  # raised again in the caller's thread

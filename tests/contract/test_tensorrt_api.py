@@ -45,6 +45,7 @@ CALLS = {
 """What a call gives -> its class."""
 OVERRIDDEN = {
     "Logger": ("ILogger", {"log"}),
+    "Profiler": ("IProfiler", {"report_layer_time"}),
     "Monitor": ("IProgressMonitor", {"phase_start", "step_complete", "phase_finish"}),
 }
 DUMP = """

@@ -12,7 +12,7 @@ import importlib.util
 import os
 import sys
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final, Protocol, cast
+from typing import TYPE_CHECKING, Final, Protocol, cast, runtime_checkable
 
 from modelcrate_bundle.errors import MissingBackendError, UnsupportedBundleError
 
@@ -93,6 +93,47 @@ class Session(Protocol):
 
     def close(self) -> None:
         """Free the network; a closed session is not run again."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerTime:
+    """What one layer takes.
+
+    Attributes:
+        name: as the backend calls it.
+        kind: its operator, as the backend calls that.
+        seconds: of one run, the median of several.
+    """
+
+    name: str
+    kind: str
+    seconds: float
+
+
+@runtime_checkable
+class TimesLayers(Protocol):
+    """A session that can say what its layers take."""
+
+    def layer_times(self, feeds: Mapping[str, NDArray[np.generic]], *, runs: int) -> list[LayerTime]:
+        """Run several times with the framework's counters on, which costs time itself: the sum is more than a call of `run` takes.
+
+        Args:
+            feeds: as for `run`.
+            runs: how often; the first run before them does not count.
+
+        Returns:
+            The layers in the order in which they run.
+        """
+        ...
+
+
+@runtime_checkable
+class TimesCopies(Protocol):
+    """A session that copies between the caller's arrays and memory of its own, and can say how long that takes."""
+
+    def copy_seconds(self, feeds: Mapping[str, NDArray[np.generic]], *, runs: int) -> list[float]:
+        """Run several times, and say of each how long the copies took, there and back."""
         ...
 
 

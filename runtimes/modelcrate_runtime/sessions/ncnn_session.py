@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import statistics
 import threading
+import time
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -11,6 +13,7 @@ import numpy as np
 from modelcrate_bundle.errors import BundleIntegrityError, ConfigError, InputError, UnsupportedBundleError
 from modelcrate_bundle.tensors import Dim, TensorSpec
 from modelcrate_runtime.cores import usable_cores
+from modelcrate_runtime.sessions import LayerTime
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -56,7 +59,7 @@ class NcnnSession:
             raise UnsupportedBundleError(f"{files['net']}: precision: expected one of {', '.join(_PRECISIONS)}, found {precision!r}")
         self.threads = options.threads or usable_cores()
         self.streams = 1
-        path = files["net"]
+        self._path = path = files["net"]
         self.inputs = input_specs(path)
         net: Any = ncnn.Net()
         net.opt.num_threads = self.threads
@@ -109,16 +112,9 @@ class NcnnSession:
             raise InputError(f"ncnn: expected {wanted}, found {found}", hint="ncnn takes one sample at a time")
 
     def _extract(self, feeds: Mapping[str, NDArray[Any]], blobs: Sequence[str] | None = None) -> dict[str, NDArray[np.generic]]:
-        ncnn: Any = importlib.import_module("ncnn")
         # An extractor belongs to one call; the network's memory pools are shared by all of them.
         with self._lock:
-            extractor = self._net.create_extractor()
-            extractor.set_light_mode(blobs is None)  # light: a blob is freed as soon as the last layer has read it
-            for name, value in feeds.items():
-                held = np.ascontiguousarray(value[0])  # a Mat does not keep the array that it is made of
-                # A copy: a first layer that works in place ends the process on memory that is not ncnn's.
-                if extractor.input(name, ncnn.Mat(held).clone()) != 0:
-                    raise InputError(f"ncnn: expected to set the input {name}, found that ncnn refuses it")
+            extractor = self._fed(feeds, is_light=blobs is None)
             results: dict[str, NDArray[np.generic]] = {}
             for name in self._names if blobs is None else blobs:
                 status, mat = extractor.extract(name)
@@ -127,6 +123,49 @@ class NcnnSession:
                 value = np.array(mat, dtype=np.float32)
                 results[name] = value[None] if blobs is None else value
         return results
+
+    def _fed(self, feeds: Mapping[str, NDArray[Any]], *, is_light: bool) -> Any:
+        """A new extractor with its inputs set; one that is light frees a blob as soon as the last layer has read it."""
+        ncnn: Any = importlib.import_module("ncnn")
+        extractor = self._net.create_extractor()
+        extractor.set_light_mode(is_light)
+        for name, value in feeds.items():
+            held = np.ascontiguousarray(value[0])  # a Mat does not keep the array that it is made of
+            # A copy: a first layer that works in place ends the process on memory that is not ncnn's.
+            if extractor.input(name, ncnn.Mat(held).clone()) != 0:
+                raise InputError(f"ncnn: expected to set the input {name}, found that ncnn refuses it")
+        return extractor
+
+    def layer_times(self, feeds: Mapping[str, NDArray[np.generic]], *, runs: int) -> list[LayerTime]:
+        """See `TimesLayers`. ncnn has no counters in its package: blob after blob is asked for, and only what is new for one is computed."""
+        self._check(feeds)
+        layers = [(kind, blobs[0]) for kind, _, blobs in read_layers(self._path) if blobs and kind != "Input"]
+        seconds: list[list[float]] = [[] for _ in layers]
+        with self._lock:
+            for turn in range(1 + runs):
+                extractor = self._fed(feeds, is_light=False)
+                for i, (_, blob) in enumerate(layers):
+                    start = time.perf_counter()
+                    extractor.extract(blob)
+                    if turn:
+                        seconds[i].append(time.perf_counter() - start)
+        return [LayerTime(name=blob, kind=kind, seconds=statistics.median(those)) for (kind, blob), those in zip(layers, seconds, strict=True)]
+
+    def copy_seconds(self, feeds: Mapping[str, NDArray[np.generic]], *, runs: int) -> list[float]:
+        """See `TimesCopies`."""
+        self._check(feeds)
+        seconds = []
+        with self._lock:
+            for _ in range(runs):
+                start = time.perf_counter()
+                extractor = self._fed(feeds, is_light=True)
+                spent = time.perf_counter() - start
+                mats = [extractor.extract(name)[1] for name in self._names]
+                start = time.perf_counter()
+                for mat in mats:
+                    np.array(mat, dtype=np.float32)
+                seconds.append(spent + time.perf_counter() - start)
+        return seconds
 
     def close(self) -> None:
         """Free the network."""
@@ -146,7 +185,10 @@ def input_specs(path: Path) -> tuple[TensorSpec, ...]:
         UnsupportedBundleError: an input that does not say its size.
     """
     specs = []
-    for kind, name, sizes in _layers(path, ("Input",)):
+    for kind, sizes, blobs in read_layers(path):
+        if kind != "Input":
+            continue
+        name = blobs[0]
         dims = [sizes.get(key, 0) for key in (2, 1, 0)]
         if not all(dim > 0 for dim in dims):
             raise UnsupportedBundleError(
@@ -158,8 +200,12 @@ def input_specs(path: Path) -> tuple[TensorSpec, ...]:
     return tuple(specs)
 
 
-def _layers(path: Path, kinds: tuple[str, ...]) -> list[tuple[str, str, dict[int, int]]]:
-    """Layers of some kinds: kind, first output blob, whole-number parameters."""
+def read_layers(path: Path) -> list[tuple[str, dict[int, int], list[str]]]:
+    """The layers of a `.param`: kind, whole-number parameters, output blobs.
+
+    Raises:
+        BundleIntegrityError: no `.param`.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -171,13 +217,16 @@ def _layers(path: Path, kinds: tuple[str, ...]) -> list[tuple[str, str, dict[int
     found = []
     for line in lines[2:]:
         words = line.split()
-        if words and words[0] in kinds:
-            try:
-                blobs = int(words[2])
-                pairs = (word.split("=", 1) for word in words[4 + blobs + int(words[3]) :] if "=" in word)
-                found.append((words[0], words[4 + blobs], {int(key): int(value) for key, value in pairs if value.lstrip("-").isdecimal()}))
-            except (ValueError, IndexError) as error:
-                raise BundleIntegrityError(
-                    f"{path}: expected the line of a layer, found {line[:100]!r}", hint="copy the bundle again, or convert again"
-                ) from error
+        if not words:
+            continue
+        try:
+            first = 4 + int(words[2])
+            outputs = words[first : first + int(words[3])]
+            pairs = (word.split("=", 1) for word in words[first + len(outputs) :] if "=" in word)
+            numbers = {int(key): int(value) for key, value in pairs if value.lstrip("-").isdecimal()}
+            if words[0] == "Input" and not outputs:
+                raise ValueError(line)  # noqa: TRY301  # said below
+        except (ValueError, IndexError) as error:
+            raise BundleIntegrityError(f"{path}: expected the line of a layer, found {line[:100]!r}", hint="copy the bundle again, or convert again") from error
+        found.append((words[0], numbers, outputs))
     return found

@@ -9,7 +9,9 @@ import importlib
 import logging
 import math
 import platform
+import statistics
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -18,6 +20,7 @@ import numpy as np
 
 from modelcrate_bundle.errors import BundleIntegrityError, ConfigError, InputError, UnsupportedBundleError
 from modelcrate_bundle.tensors import Dim, TensorSpec
+from modelcrate_runtime.sessions import LayerTime
 from modelcrate_runtime.sessions.cuda_device import Gpu, find_gpu, open_cuda
 
 if TYPE_CHECKING:
@@ -315,8 +318,7 @@ class TensorRTSession:
             InputError: a name, dtype or shape that the engine does not take; CUDA fails; or the session is closed.
         """
         with self._lock:
-            if self._context is None:
-                raise InputError("TensorRT: expected an open session, found a closed one", hint="run it inside the with block")
+            self._require_open()
             self._check(feeds)
             with self._cuda.active():
                 return self._run(feeds)
@@ -328,9 +330,7 @@ class TensorRTSession:
                 raise InputError(f"TensorRT: {name}: expected a shape of the engine's profile, found {list(shape)}: {_last(self._logger)}")
         sizes = {name: tuple(int(dim) for dim in self._context.get_tensor_shape(name)) for name in self._gives}
         for name in self._takes:
-            buffer, value = self._buffers[name], feeds[name]
-            assert buffer.host is not None
-            np.copyto(buffer.host[: value.nbytes].view(buffer.dtype).reshape(value.shape), value)
+            self._fill(name, feeds[name])
         self._launch(shapes, {name: size for name, size in sizes.items() if min(size, default=0) >= 0})
         self._cuda.synchronize()
         late = [name for name, size in sizes.items() if min(size, default=0) < 0]
@@ -348,9 +348,7 @@ class TensorRTSession:
 
         def work(context: Any) -> None:
             for name, shape in zip(self._takes, shapes, strict=True):
-                buffer = self._buffers[name]
-                assert buffer.host is not None
-                self._cuda.to_device(buffer.address, buffer.host[: math.prod(shape) * buffer.dtype.itemsize])
+                self._to_device(name, shape)
             if not context.execute_async_v3(self._cuda.stream):
                 if self._allocator is not None and self._allocator.error is not None:
                     error, self._allocator.error = self._allocator.error, None
@@ -380,6 +378,72 @@ class TensorRTSession:
                 self._graphs[shapes] = None
             if self._graphs[shapes] is not None:
                 self._recorded.append(context)
+
+    def layer_times(self, feeds: Mapping[str, NDArray[np.generic]], *, runs: int) -> list[LayerTime]:
+        """See `TimesLayers`. A context of its own runs without graphs, with TensorRT's profiler on."""
+        with self._lock:
+            self._require_open()
+            self._check(feeds)
+            with self._cuda.active():
+                return self._layer_times(feeds, runs)
+
+    def _layer_times(self, feeds: Mapping[str, NDArray[np.generic]], runs: int) -> list[LayerTime]:
+        profiler = _make_profiler(self._trt)
+        context = self._new_context()
+        context.profiler = profiler
+        for name in self._takes:
+            context.set_input_shape(name, feeds[name].shape)
+            self._fill(name, feeds[name])
+        for buffer in self._buffers.values():
+            if buffer.address:
+                context.set_tensor_address(buffer.name, buffer.address)
+        if self._allocator is not None:
+            for name in self._gives:
+                if not self._buffers[name].address or min(tuple(context.get_tensor_shape(name)), default=0) < 0:
+                    context.set_output_allocator(name, self._allocator)
+        for turn in range(1 + runs):
+            if not context.execute_async_v3(self._cuda.stream):
+                raise InputError(f"TensorRT: expected to run, found: {_last(self._logger)}")
+            self._cuda.synchronize()
+            if not turn:
+                profiler.seconds.clear()
+        return [LayerTime(name=name, kind="", seconds=statistics.median(those)) for name, those in profiler.seconds.items()]
+
+    def copy_seconds(self, feeds: Mapping[str, NDArray[np.generic]], *, runs: int) -> list[float]:
+        """See `TimesCopies`: into pinned memory and to the GPU, and back, each waited for by itself."""
+        with self._lock:
+            self._require_open()
+            self._check(feeds)
+            with self._cuda.active():
+                outputs = self._run(feeds)
+                seconds = []
+                for _ in range(runs):
+                    start = time.perf_counter()
+                    for name in self._takes:
+                        self._fill(name, feeds[name])
+                        self._to_device(name, feeds[name].shape)
+                    for name, value in outputs.items():
+                        self._to_host(name, value.shape)
+                    self._cuda.synchronize()
+                    for name, value in outputs.items():
+                        self._view(name, value.shape).copy()
+                    seconds.append(time.perf_counter() - start)
+                return seconds
+
+    def _require_open(self) -> None:
+        if self._context is None:
+            raise InputError("TensorRT: expected an open session, found a closed one", hint="run it inside the with block")
+
+    def _fill(self, name: str, value: NDArray[np.generic]) -> None:
+        """An input into pinned memory."""
+        buffer = self._buffers[name]
+        assert buffer.host is not None
+        np.copyto(buffer.host[: value.nbytes].view(buffer.dtype).reshape(value.shape), value)
+
+    def _to_device(self, name: str, shape: tuple[int, ...]) -> None:
+        buffer = self._buffers[name]
+        assert buffer.host is not None
+        self._cuda.to_device(buffer.address, buffer.host[: math.prod(shape) * buffer.dtype.itemsize])
 
     def _to_host(self, name: str, shape: tuple[int, ...]) -> None:
         buffer = self._buffers[name]
@@ -414,8 +478,21 @@ class TensorRTSession:
             self._graphs.clear()
             self._recorded.clear()
             self._context = self._engine = self._runtime = self._allocator = None
-            self._buffers.clear()
+            with self._cuda.active():
+                self._buffers.clear()  # PyCUDA frees pinned memory where its context is current, or in the thread that opened it, and nowhere else
             self._cuda.close()
+
+
+def _make_profiler(trt: Any) -> Any:
+    class Profiler(trt.IProfiler):  # type: ignore[misc]  # a class of the library that is there
+        def __init__(self) -> None:
+            trt.IProfiler.__init__(self)
+            self.seconds: dict[str, list[float]] = {}
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            self.seconds.setdefault(layer_name, []).append(1e-3 * ms)
+
+    return Profiler()
 
 
 def _last(logger: Any) -> str:
