@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
     from modelcrate_runtime.class_labels import Labelled
     from modelcrate_runtime.coco_data import Boxes, Dataset, Skipped
-    from modelcrate_runtime.trials import Score, TaskFacts, Trial
     from modelcrate_runtime.sessions import SessionOptions
     from modelcrate_runtime.subjects import Subject
+    from modelcrate_runtime.trials import Score, TaskFacts, Trial
 
 _NAMED = 5
 """How many of what was skipped are named below the table."""
@@ -65,9 +65,9 @@ def compare_accuracy(
     """Measure accuracy on annotated images: COCO's AP and AR, PCK, AUC, EPE, NME, top-k; several targets and their checkpoint in one table."""
     with exit_on_error():
         from modelcrate_runtime.average_precision import check_evaluator
-        from modelcrate_runtime.trials import Trial, choose_metrics, facts_of, require_alike
         from modelcrate_runtime.sessions import SessionOptions
         from modelcrate_runtime.subjects import find_subjects
+        from modelcrate_runtime.trials import Trial, choose_metrics, facts_of, require_alike
 
         has_boxes = det is not None or det_results is not None
         if det is not None and det_results is not None:
@@ -115,8 +115,8 @@ def _measure(
 ) -> list[Score]:
     """One after another; the results of each are written before the next begins."""
     from modelcrate_runtime.coco_data import Skipped
-    from modelcrate_runtime.trials import measure
     from modelcrate_runtime.flip_test import flip_test
+    from modelcrate_runtime.trials import measure
 
     scores: list[Score] = []
     for subject, place in zip(subjects, places, strict=True):
@@ -187,8 +187,8 @@ def _save(place: Path, score: Score, facts: TaskFacts) -> None:
     import msgspec
 
     from modelcrate_runtime.coco_data import WHOLE_BODY
-    from modelcrate_runtime.trials import whole_body_rows
     from modelcrate_runtime.images import write_bytes
+    from modelcrate_runtime.trials import whole_body_rows
 
     is_whole_body = facts.keypoint_count == sum(WHOLE_BODY.values())
     rows = whole_body_rows(score.result.rows) if is_whole_body else score.result.rows

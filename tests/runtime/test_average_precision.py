@@ -17,8 +17,8 @@ import pytest
 from modelcrate_bundle.errors import InputError
 from modelcrate_runtime.average_precision import BOX_FIGURES, FIGURES, KEYPOINT_FIGURES, Accuracy, average_precision, coco_figures, whole_body_precision
 from modelcrate_runtime.coco_data import WHOLE_BODY, Dataset, sift
-from modelcrate_runtime.trials import whole_body_rows
 from modelcrate_runtime.skeletons import published_keypoints
+from modelcrate_runtime.trials import whole_body_rows
 
 pytest.importorskip("faster_coco_eval", reason="needs faster-coco-eval: pip install 'modelcrate[eval]'")
 has_pycocotools = pytest.mark.skipif(importlib.util.find_spec("pycocotools") is None, reason="needs pycocotools, to compare with: pip install pycocotools")
