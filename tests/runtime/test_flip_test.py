@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -230,7 +231,7 @@ def test_sessions_are_closed_with_their_tasks_and_on_errors(fixed: bool, demo_de
     def wrap(session: Any) -> Any:
         raise ConfigError("no")
 
-    broken = Subject(name="n", backend="b", precision="p", size_bytes=0, bundle=None, open_network=open_network, open_around=subject.open_around)
+    broken = replace(subject, open_network=open_network)
     with pytest.raises(ConfigError):
         broken.open(wrap=wrap if fixed else flip_test(broken))
     assert [session.is_closed for session in opened] == [True]
