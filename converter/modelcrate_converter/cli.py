@@ -12,7 +12,7 @@ from modelcrate_bundle.errors import ConfigError, MissingBackendError, Modelcrat
 from modelcrate_bundle.schema import write_record
 from modelcrate_converter.console import Progress, print_conversion, print_failure, print_parity, print_summary
 from modelcrate_converter.locate import locate, open_checkpoint
-from modelcrate_runtime import profile_cli, report_cli, track_cli  # noqa: F401  # their commands
+from modelcrate_runtime import accuracy_cli, profile_cli, report_cli, track_cli  # noqa: F401  # their commands
 from modelcrate_runtime.cli import JSON_OPTION, app, backend_rows, consoles, exit_on_error, print_backends, raise_if_interrupted
 from modelcrate_runtime.subjects import know_checkpoints
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import os
 import zipfile
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -13,12 +15,17 @@ import cv2
 import numpy as np
 
 from modelcrate_bundle.errors import InputError, OutputError
+from modelcrate_runtime.cores import usable_cores
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 IMAGE_SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
 JPEG_QUALITY: Final = 95
+_READERS: Final = 4
+"""Threads that read ahead, at most: a network needs the cores more."""
+_AHEAD: Final = 4
+"""Images that each of them may be ahead."""
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:
@@ -46,6 +53,36 @@ def read_image(path: Path) -> NDArray[np.uint8]:
             f"{path}: expected an image, found {'an empty file' if not data.size else 'something that OpenCV cannot decode'}", hint="convert it to JPEG or PNG"
         )
     return image  # type: ignore[return-value]
+
+
+def read_images(paths: Sequence[Path]) -> Iterator[NDArray[np.uint8] | InputError]:
+    """Read image files in the order that they have, a few of them ahead in threads.
+
+    Args:
+        paths: as for `read_image`.
+
+    Yields:
+        What `read_image` returns for each, or what it raises.
+    """
+    threads = min(usable_cores(), _READERS)
+    pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="modelcrate-images")
+    pending: deque[Future[NDArray[np.uint8] | InputError]] = deque()
+    try:
+        for path in paths:
+            pending.append(pool.submit(_read_or_error, path))
+            if len(pending) > _AHEAD * threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _read_or_error(path: Path) -> NDArray[np.uint8] | InputError:
+    try:
+        return read_image(path)
+    except InputError as error:
+        return error
 
 
 def image_files(path: Path) -> list[Path]:
@@ -108,8 +145,17 @@ def write_arrays(path: Path, arrays: Mapping[str, NDArray[np.generic]]) -> None:
     write_bytes(path, content.getvalue())
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """The whole file or none."""
+def write_bytes(path: Path, data: bytes, *, option: str = "--save") -> None:
+    """Write the whole file or none.
+
+    Args:
+        path: its folder is made where there is none.
+        data: all of it.
+        option: what the place was given with.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -119,4 +165,4 @@ def write_bytes(path: Path, data: bytes) -> None:
         finally:
             partial.unlink(missing_ok=True)
     except OSError as error:
-        raise OutputError(f"{path}: expected to write there, found: {error.strerror}", hint="choose another place with --save") from error
+        raise OutputError(f"{path}: expected to write there, found: {error.strerror}", hint=f"choose another place with {option}") from error

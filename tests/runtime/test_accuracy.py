@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+import tracker_bundles
 from modelcrate_bundle.errors import ConfigError, InputError, MissingBackendError
 from modelcrate_converter.people.dataset import write_dataset
 from modelcrate_runtime import Detector, PoseDetector
-from modelcrate_runtime.accuracy import FIGURES, Accuracy, Dataset, check_evaluator, coco_figures, evaluate_boxes, evaluate_keypoints
+from modelcrate_runtime.accuracy import FIGURES, Accuracy, Dataset, check_evaluator, coco_figures, detect_boxes, evaluate_boxes, evaluate_keypoints
+from modelcrate_runtime.images import write_image
 
 IMAGES = 6
 has_evaluator = pytest.mark.skipif(importlib.util.find_spec("faster_coco_eval") is None, reason="needs faster-coco-eval: pip install 'modelcrate[eval]'")
@@ -274,7 +276,8 @@ def test_keypoints_in_true_boxes_and_in_given_ones(people: Path, demo_pose_bundl
     counted = [one for one in dataset.raw["annotations"] if not one["iscrowd"] and one["num_keypoints"]]
     boxes: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     for image in dataset.content.images:
-        own = [[x, y, x + w, y + h] for x, y, w, h in (one["bbox"] for one in counted if one["image_id"] == image.id)]
+        corners = ((x, y, x + w, y + h) for x, y, w, h in (one["bbox"] for one in counted if one["image_id"] == image.id))
+        own = [[min(max(corner, 0), 191) for corner in box] for box in corners]  # up to the last pixel, as MMPose's data sets have true boxes
         boxes[image.id] = np.array(own, dtype=np.float32).reshape(-1, 4), np.ones(len(own), dtype=np.float32)
     with PoseDetector(demo_pose_bundle, threads=1) as estimator:
         result = evaluate_keypoints(estimator, dataset)
@@ -366,3 +369,24 @@ def test_a_detector_that_names_no_classes_may_not_have_more_than_the_data(people
         assert detector.class_names == []
         with pytest.raises(ConfigError, match=r"categories: expected one for each class of the model, found 1 and the label 1"):
             evaluate_boxes(detector, Dataset.read(people))
+
+
+def test_only_boxes_of_what_has_keypoints_get_a_pose(tmp_path: Path) -> None:
+    """By the name of the class; the scores are those that the detector read from the picture."""
+    detector = tracker_bundles.write_detector(tmp_path / "det")
+    person, dog, faint = (10, 20, 50, 60, 0.5, 0), (5, 5, 40, 40, 0.75, 1), (30, 30, 60, 60, 0.25, 0)
+    write_image(tmp_path / "1.png", tracker_bundles.blank((120, 90), [person, dog, faint]))
+    write_image(tmp_path / "2.png", tracker_bundles.blank((120, 90), [dog]))
+    raw = {
+        "images": [{"id": i, "file_name": f"{i}.png"} for i in (1, 2)],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 6, "bbox": [10, 20, 40, 40], "keypoints": [20, 30, 2]}],
+        "categories": [{"id": 5, "name": "other"}, {"id": 6, "name": "person"}],
+    }
+    dataset = Dataset.of(raw, annotations=tmp_path / "a.json", folder=tmp_path)
+    with Detector(detector, threads=1) as opened:
+        boxes = detect_boxes(opened, dataset, least_score=0.25)
+        strict = detect_boxes(opened, dataset, least_score=0.3, batch=2)
+    assert {key: one.scores.tolist() for key, one in boxes.items()} == {1: [0.5, 0.25], 2: []}
+    np.testing.assert_array_equal(boxes[1].boxes_xyxy, [person[:4], faint[:4]])
+    assert boxes[1].categories == [6, 6]
+    assert {key: one.scores.tolist() for key, one in strict.items()} == {1: [0.5], 2: []}

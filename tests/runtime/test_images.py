@@ -4,6 +4,7 @@ import os
 import struct
 import subprocess
 import sys
+import threading
 import zlib
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from modelcrate_bundle.errors import InputError, OutputError
-from modelcrate_runtime.images import IMAGE_SUFFIXES, encode_jpeg, image_files, read_image, write_image
+from modelcrate_runtime.images import IMAGE_SUFFIXES, encode_jpeg, image_files, read_image, read_images, write_image
 
 
 @pytest.fixture
@@ -169,3 +170,23 @@ except OutputError:
     assert done.stdout.strip() == "refused", done.stderr
     assert target.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_images_read_ahead_come_in_their_order(tmp_path: Path) -> None:
+    """What cannot be read has its place among them."""
+    for i in range(60):
+        write_image(tmp_path / f"{i}.png", np.full((4 + i % 3, 5, 3), i, dtype=np.uint8))
+    (tmp_path / "17.png").write_bytes(b"no picture")
+    (tmp_path / "59.png").unlink()
+    found = list(read_images([tmp_path / f"{i}.png" for i in range(60)]))
+    assert [i for i, image in enumerate(found) if isinstance(image, InputError)] == [17, 59]
+    assert [int(image[0, 0, 0]) for image in found if not isinstance(image, InputError)] == [i for i in range(59) if i != 17]
+    assert list(read_images([])) == []
+
+
+def test_reading_ahead_may_be_left(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png", np.zeros((4, 4, 3), dtype=np.uint8))
+    images = read_images([tmp_path / "a.png"] * 1000)
+    next(images)
+    images.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("modelcrate-images")]
