@@ -280,7 +280,7 @@ def timed(row: str, contenders: Mapping[str, Worker], options: argparse.Namespac
         "contenders": {
             name: {
                 "latency": asdict(Latency.of(seconds, inputs=inputs)),
-                "times": {peer: asdict(Ratio.of(samples[peer], seconds)) for peer in RULES},
+                "times": {peer: asdict(Ratio.of(samples[peer], seconds, each=each)) for peer in RULES},
                 "doubts": [asdict(doubt) for doubt in doubts(seconds)],
                 "samples": seconds,
             }

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 _NAMED = 5
 """How many of what was skipped are named below the table."""
-_MAIN = {"bbox": "AP", "keypoints": "AP", "pck": "PCK", "auc": "AUC", "epe": "EPE", "nme": "NME", "topk": "top-1"}
-"""Metric -> the figure whose drop the table has."""
 _SMALL = frozenset({"APS", "APM", "APL", "AR1", "AR10", "AR50", "AR75", "ARS", "ARM", "ARL"})
 """What a narrow table does without."""
 
@@ -67,7 +65,7 @@ def compare_accuracy(
         from modelcrate_runtime.average_precision import check_evaluator
         from modelcrate_runtime.sessions import SessionOptions
         from modelcrate_runtime.subjects import find_subjects
-        from modelcrate_runtime.trials import Trial, choose_metrics, facts_of, require_alike
+        from modelcrate_runtime.trials import Trial, choose_metrics, facts_of, read_annotations, require_alike
 
         has_boxes = det is not None or det_results is not None
         if det is not None and det_results is not None:
@@ -85,7 +83,7 @@ def compare_accuracy(
         if {"bbox", "keypoints"} & set(metrics):
             check_evaluator()
         places = _places(save_results, found, facts)
-        data, skipped = _read(annotations, images or annotations.parent, facts, limit)
+        data, skipped = read_annotations(annotations, images or annotations.parent, facts, limit)
         boxes, more = _boxes(det, det_results, data, options, batch=batch, least_score=det_score)
         skipped += more
         scores = _measure(found, places, facts, Trial(metrics=metrics, data=data, boxes=boxes, batch=batch), options, skipped, flip=flip_test)
@@ -150,15 +148,6 @@ def _places(folder: Path | None, subjects: Sequence[Subject], facts: TaskFacts) 
         raise OutputError(f"--save-results {folder}: expected a place for results, found a bundle", hint="--save-results results/")
     kind = {"detector": "bbox", "pose estimator": "keypoints"}.get(facts.task, "classes")
     return [folder / f"{re.sub(r'[^A-Za-z0-9_.()-]+', '-', subject.name)}.{kind}.json" for subject in subjects]
-
-
-def _read(annotations: Path, folder: Path, facts: TaskFacts, limit: int | None) -> tuple[Dataset | Labelled, list[Skipped]]:
-    from modelcrate_runtime.class_labels import read_labels
-    from modelcrate_runtime.coco_data import read_coco, sift
-
-    if facts.task == "classifier":
-        return read_labels(annotations, folder, class_names=facts.class_names, limit=limit)
-    return sift(read_coco(annotations), annotations=annotations, folder=folder, limit=limit, keypoints=facts.keypoint_count)
 
 
 def _boxes(
@@ -272,7 +261,7 @@ def _print_json(
 def _print_table(
     settings: dict[str, Any], subjects: Sequence[Subject], scores: Sequence[Score], to_compare: Subject, facts: TaskFacts, skipped: Sequence[Skipped]
 ) -> None:
-    from modelcrate_runtime.trials import norms_of
+    from modelcrate_runtime.trials import MAIN_FIGURES, norms_of
 
     out = consoles()[0]
     best = scores[list(subjects).index(to_compare)]
@@ -289,7 +278,7 @@ def _print_table(
         out.print(table)
     for metric, words in norms_of(settings["metrics"], facts).items():
         if metric != "epe":
-            out.print(f"{_MAIN[metric]}: {words}", style="dim", soft_wrap=True)
+            out.print(f"{MAIN_FIGURES[metric]}: {words}", style="dim", soft_wrap=True)
     if skipped:
         kinds = {what: sum(one.what == what for one in skipped) for what in ("image", "annotation", "row")}
         counted = ", ".join(f"{count} {what}{'s' if count > 1 else ''}" for what, count in kinds.items() if count)
@@ -321,7 +310,9 @@ def _table(subjects: Sequence[Subject], scores: Sequence[Score], to_compare: Sub
 
 def _main_figures(score: Score) -> dict[str, str]:
     """Metric -> its main figure, of those that were measured."""
-    return {metric: _MAIN[metric] for metric in score.figures if metric in _MAIN}
+    from modelcrate_runtime.trials import MAIN_FIGURES
+
+    return {metric: MAIN_FIGURES[metric] for metric in score.figures if metric in MAIN_FIGURES}
 
 
 def _columns(score: Score) -> list[tuple[str, str, str]]:

@@ -24,6 +24,9 @@ def report(
     warmup: Annotated[int, typer.Option(min=0, help="Calls of each kind that do not count.")] = 20,
     batch: Annotated[str, typer.Option(help="Inputs in one call of the network; several with commas.")] = "1",
     boxes: Annotated[int, typer.Option(min=1, help="Crops in one call of a pose estimator.")] = 1,
+    annotations: Annotated[Path | None, typer.Option(help="COCO annotations, or labels of a classifier, to measure accuracy on.")] = None,
+    annotated: Annotated[Path | None, typer.Option("--annotated", help="Folder of their images; default: the annotations' own.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many annotated images, the first ones.")] = None,
     source: Annotated[Path | None, typer.Option("--from", help="Draw the page again from the JSON of a report; nothing is measured.")] = None,
     device: DEVICE = "",
     device_id: DEVICE_ID = 0,
@@ -35,7 +38,7 @@ def report(
         from modelcrate_runtime.images import image_files, write_bytes
         from modelcrate_runtime.profiler import ProfileOptions
         from modelcrate_runtime.report_pages import html_page, markdown_page, require_report
-        from modelcrate_runtime.reporting import ReportOptions, measure_report, read_report, write_json
+        from modelcrate_runtime.reporting import ReportOptions, measure_report, read_report, score_on, write_json
 
         require_report()
         if (folder is None) == (source is None):
@@ -59,6 +62,7 @@ def report(
                 ),
                 boxes=boxes,
                 compare_runs=runs,
+                score=score_on(annotations, annotated, limit=limit) if annotations is not None else None,
             )
             files = [file for path in images or [] for file in image_files(path)]
             with progress("report") as tell:

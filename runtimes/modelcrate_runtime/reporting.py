@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,8 +18,12 @@ from modelcrate_runtime.comparison import Comparison, compare
 from modelcrate_runtime.host import Host, read_host
 from modelcrate_runtime.profiler import Profile, ProfileOptions, profile
 from modelcrate_runtime.subjects import Subject, find_subject, of_bundle
+from modelcrate_runtime.trials import IN_PIXELS_OR_SIZES, MAIN_FIGURES, Trial, choose_metrics, facts_of, read_annotations
+from modelcrate_runtime.trials import measure as measure_trial
 
 if TYPE_CHECKING:
+    from modelcrate_runtime.class_labels import Labelled
+    from modelcrate_runtime.coco_data import Dataset
     from modelcrate_runtime.sessions import SessionOptions
 
 SCHEMA: Final = "modelcrate.report/1"
@@ -210,14 +215,55 @@ def _entry(subject: Subject, images: Sequence[Path], options: ReportOptions) -> 
         size_bytes=subject.size_bytes,
         parity=manifest.parity if manifest else None,
     )
+    # What cannot be run here, such as TensorRT without a GPU, is worth a line and not the end of the report.
     try:
-        found = profile(subject, images, options.profile, boxes=options.boxes)
-        scores = options.score(subject, options.profile.session(options.profile.threads[0])) if options.score else []
+        entry = replace(entry, profile=profile(subject, images, options.profile, boxes=options.boxes))
     except InputError:
-        raise  # an image or annotations: nothing of this one bundle
-    except ModelcrateError as error:  # a TensorRT bundle on a machine without a GPU is worth a line, not the end of the report
-        return replace(entry, trouble=f"{error}{f' ({error.hint})' if error.hint else ''}")
-    return replace(entry, profile=found, scores=scores)
+        raise  # an image: nothing of this one bundle
+    except ModelcrateError as error:
+        return replace(entry, trouble=_said(error))
+    try:
+        scores = options.score(subject, options.profile.session(options.profile.threads[0])) if options.score else []
+    except ModelcrateError as error:
+        return replace(entry, trouble=f"accuracy: {_said(error)}")
+    return replace(entry, scores=scores)
+
+
+def _said(error: ModelcrateError) -> str:
+    return f"{error}{f' ({error.hint})' if error.hint else ''}"
+
+
+def score_on(annotations: Path, images: Path | None, *, limit: int | None = None) -> Callable[[Subject, SessionOptions], list[Score]]:
+    """Measures the accuracy of a subject on annotated images: the main figure of each metric that is right for it, see `trials`.
+
+    Args:
+        annotations: COCO's, or labels of a classifier.
+        images: their folder; None for the annotations' own.
+        limit: only so many images, the first ones.
+    """
+    read: dict[tuple[str, int | None], Dataset | Labelled] = {}
+
+    def score(subject: Subject, options: SessionOptions) -> list[Score]:
+        facts = facts_of(subject, options)
+        kind = (facts.task, facts.keypoint_count)
+        if kind not in read:
+            read[kind], _ = read_annotations(annotations, images or annotations.parent, facts, limit)
+        trial = Trial(metrics=choose_metrics(facts, (), has_true_boxes=True), data=read[kind], batch=8)
+        with subject.open(options) as task:
+            found = measure_trial(task, facts, trial)
+        return [
+            Score(
+                metric=MAIN_FIGURES[metric],
+                value=None if math.isnan(figures[MAIN_FIGURES[metric]]) else figures[MAIN_FIGURES[metric]],
+                is_better_up=MAIN_FIGURES[metric] not in IN_PIXELS_OR_SIZES,
+                images=found.result.images,
+                data=annotations.name,
+            )
+            for metric, figures in found.figures.items()
+            if metric in MAIN_FIGURES
+        ]
+
+    return score
 
 
 def _group(model: str, subjects: Sequence[Subject], entries: list[Entry], images: Sequence[Path], options: ReportOptions) -> Group:

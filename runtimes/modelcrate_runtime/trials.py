@@ -13,14 +13,17 @@ from modelcrate_bundle.errors import ConfigError, InputError, TaskMismatchError
 from modelcrate_runtime import keypoint_metrics
 from modelcrate_runtime.accuracy import find_boxes, find_keypoints
 from modelcrate_runtime.average_precision import Accuracy, average_precision, whole_body_precision
-from modelcrate_runtime.class_labels import Labelled, find_classes, top_k
-from modelcrate_runtime.coco_data import WHOLE_BODY, Boxes, Dataset
+from modelcrate_runtime.class_labels import Labelled, find_classes, read_labels, top_k
+from modelcrate_runtime.coco_data import WHOLE_BODY, Boxes, Dataset, read_coco, sift
 from modelcrate_runtime.skeletons import COCO_17
 from modelcrate_runtime.tasks import Classifier, Detector, PoseDetector
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from modelcrate_bundle.manifest import KeypointInfo
     from modelcrate_runtime.accuracy import Report
+    from modelcrate_runtime.coco_data import Skipped
     from modelcrate_runtime.sessions import SessionOptions
     from modelcrate_runtime.subjects import Subject, Task
 
@@ -34,6 +37,8 @@ METRICS: Final[Mapping[str, tuple[Metric, ...]]] = {
     "classifier": ("topk",),
 }
 """Task -> what may be measured of it."""
+MAIN_FIGURES: Final[Mapping[str, str]] = {"bbox": "AP", "keypoints": "AP", "pck": "PCK", "auc": "AUC", "epe": "EPE", "nme": "NME", "topk": "top-1"}
+"""Metric -> the figure that stands for it where there is room for one."""
 IN_PIXELS_OR_SIZES: Final = frozenset({"EPE", "NME"})
 """Errors: less is better, and a drop is told in their own unit. All other figures are shares."""
 _TASKS: Final = {"mmdet": "detector", "mmpose": "pose estimator", "mmcls": "classifier"}
@@ -121,6 +126,24 @@ def _task_of(module: str, subject: Subject) -> str:
     if module not in _TASKS:
         raise TaskMismatchError(f"{subject.name}: expected a {', a '.join(METRICS)}, found a network of raw tensors, whose meaning only you know")
     return _TASKS[module]
+
+
+def read_annotations(annotations: Path, folder: Path, facts: TaskFacts, limit: int | None = None) -> tuple[Dataset | Labelled, list[Skipped]]:
+    """The truth for a task, and what of it cannot be used.
+
+    Args:
+        annotations: COCO's; for classifiers labels too, see `class_labels`.
+        folder: of the images.
+        facts: whose truth it is to be.
+        limit: only so many images, the first ones.
+
+    Raises:
+        InputError: no such file, or another one.
+        ConfigError: keypoints or classes that are not the subject's.
+    """
+    if facts.task == "classifier":
+        return read_labels(annotations, folder, class_names=facts.class_names, limit=limit)
+    return sift(read_coco(annotations), annotations=annotations, folder=folder, limit=limit, keypoints=facts.keypoint_count)
 
 
 def require_alike(subjects: Sequence[Subject], facts: Sequence[TaskFacts]) -> TaskFacts:
