@@ -16,6 +16,7 @@ import numpy as np
 
 from modelcrate_bundle.errors import ConfigError, InputError
 from modelcrate_runtime.results import Detections, Poses
+from modelcrate_runtime.sessions import BACKENDS
 from modelcrate_runtime.tasks import Detector, PoseDetector
 from modelcrate_runtime.tracking import GATE, Mode, MotionFilter, Smoother, areas, assign, iou, keypoint_box, oks, suppress
 
@@ -379,6 +380,12 @@ class PoseTracker:
         except BaseException:
             self.detector.close()
             raise
+        self._device = device_name or BACKENDS[self.estimator.bundle.model.backend].device
+
+    @property
+    def is_on_gpu(self) -> bool:
+        """Whether its networks run on a GPU, so that the processor is free meanwhile."""
+        return self._device == "cuda"
 
     def create_state(self, **params: Any) -> TrackerState:
         """A new video.

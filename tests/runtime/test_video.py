@@ -519,6 +519,48 @@ def test_results_are_those_of_the_tracker_frame_by_frame(tracker: PoseTracker, t
     assert done.per_second == pytest.approx(50 / done.seconds)
 
 
+@pytest.mark.parametrize("interval", [1, 3, 0])
+def test_detecting_ahead_changes_no_result(interval: int, tracker: PoseTracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a video is gone on with in the middle of an interval; and where it is asked for, the detector runs in the reader's thread alone."""
+    frames = tracker_bundles.sequence(7, frames=40)
+    found: dict[bool, list[TrackedPoses]] = {}
+    where: dict[bool, set[str]] = {}
+    detect_batch = tracker.detector.detect_batch
+    for ahead in (False, True):
+        state = tracker.create_state(det_interval=interval)
+        for frame in frames[:4]:
+            tracker.track(state, frame, detect=1)
+        tracks, names = found.setdefault(ahead, []), where.setdefault(ahead, set())
+
+        def noted(*images: Any, names: set[str] = names, **more: Any) -> Any:
+            names.add(threading.current_thread().name)
+            return detect_batch(*images, **more)
+
+        def keep(image: np.ndarray, tracked: TrackedPoses, tracks: list[TrackedPoses] = tracks) -> np.ndarray:
+            tracks.append(tracked)
+            return image
+
+        with monkeypatch.context() as patch:
+            patch.setattr(tracker.detector, "detect_batch", noted)
+            track_video(tracker, state, Frames(frames[4:]), draw=keep, sink=Kept(), ahead=ahead)
+    assert len(found[True]) == len(found[False]) == 36
+    assert sum(map(len, found[False])) > (20 if interval else 0)
+    for ours, theirs in zip(found[True], found[False], strict=True):
+        for field in ("keypoints_xy", "scores", "boxes_xyxy", "track_ids"):
+            np.testing.assert_array_equal(getattr(ours, field), getattr(theirs, field))
+    assert where[True] == ({"decode"} if interval else set())
+    assert "decode" not in where[False]
+    assert bool(where[False]) == bool(interval)
+
+
+def test_an_error_while_detecting_ahead(tracker: PoseTracker, tmp_path: Path) -> None:
+    """It comes when the frames before it are tracked and written, with the frame that is no image."""
+    frames = [*people(5), np.zeros((4, 4, 7), dtype=np.uint8)]
+    with pytest.raises(InputError, match="expected shape"):
+        track_video(tracker, tracker.create_state(), Frames(frames), draw=draw, sink=open_sink(tmp_path / "out.mp4", frame_rate=10), ahead=True)
+    assert len(frames_of(tmp_path / "out.mp4")) == 5
+
+
 def test_prepare_comes_first(tracker: PoseTracker) -> None:
     sink = Kept()
     track_video(tracker, tracker.create_state(), Frames(noise(3)), prepare=lambda image: image[::-1].copy(), draw=lambda image, _: image, sink=sink)
