@@ -1,14 +1,18 @@
-"""Reports of measurements that nobody made: every part of them can be chosen."""
+"""Reports of measurements that nobody made, every part of which can be chosen; and bundles that say of themselves what they are not."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from modelcrate_bundle.manifest import AccuracyParity, OutputParity, ParityRecord, PixelParity
+from modelcrate_bundle.bundle import sha256_of
+from modelcrate_bundle.manifest import AccuracyParity, OutputParity, ParityRecord, PixelParity, read_manifest, write_manifest
 from modelcrate_runtime.comparison import Compared, Comparison
 from modelcrate_runtime.host import Host
 from modelcrate_runtime.measurement import Doubt, Latency, Load, Ratio
@@ -96,3 +100,22 @@ def full_report() -> Report:
     )  # fmt: skip
     det = made_group([made_entry("det_ncnn", 5.0, backend="ncnn", parity=None, profile=made_profile("det_ncnn", 5.0, cold=None, boxes=0))], model="det", task="Detector")
     return made_report(pose, det, unreadable=["crates/broken.zip: expected a zip"])
+
+
+def copied_bundle(bundle: Path, place: Path, *, backend: str = "", **changes: Any) -> Path:
+    """A copy of a bundle with another manifest, and with another backend in deploy.json too: sealed again, as if it had been built so."""
+    shutil.copytree(bundle, place)
+    manifest = read_manifest((place / "manifest.json").read_bytes())
+    for name, value in changes.items():
+        setattr(manifest, name, value)
+    if backend:
+        manifest.backend = backend
+        deploy = json.loads((place / "deploy.json").read_bytes())
+        for model in deploy["models"]:
+            model["backend"] = backend
+        (place / "deploy.json").write_text(json.dumps(deploy), encoding="utf-8")
+        for entry in manifest.files:
+            if entry.path == "deploy.json":
+                entry.bytes, entry.sha256 = (place / "deploy.json").stat().st_size, sha256_of(place / "deploy.json")
+    (place / "manifest.json").write_bytes(write_manifest(manifest))
+    return place

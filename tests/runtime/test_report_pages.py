@@ -16,8 +16,8 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from made_reports import HOST, full_report, made_entry, made_group, made_parity, made_profile, made_report, made_score
 
+from made_reports import HOST, full_report, made_entry, made_group, made_parity, made_profile, made_report, made_score
 from modelcrate_bundle.errors import MissingBackendError
 from modelcrate_runtime.reporting import Entry, Report
 
