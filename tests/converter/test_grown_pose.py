@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
@@ -13,14 +13,13 @@ from modelcrate_converter.checkpoint import read_checkpoint
 from modelcrate_converter.demo import DEMO_MODELS
 from modelcrate_converter.models.blueprints import random_weights, rtmpose_shapes
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-from grown_pose import grown, write_grown
+SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "scripts/grown_pose.py"))
 
 
 @pytest.mark.parametrize("size", ["t", "s", "m"])
 def test_growing_changes_no_result(size: str, tmp_path: Path) -> None:
     small = read_architecture(read_checkpoint(DEMO_MODELS["demo-pose"]))
-    large = read_architecture(read_checkpoint(write_grown(DEMO_MODELS["demo-pose"], size, tmp_path / "grown.pth")))
+    large = read_architecture(read_checkpoint(SCRIPT["write_grown"](DEMO_MODELS["demo-pose"], size, tmp_path / "grown.pth")))
     assert sum(p.numel() for p in large.module.parameters()) > 1.3 * sum(p.numel() for p in small.module.parameters())
     assert large.keypoints == small.keypoints
     crops = torch.randn((2, 3, 256, 192), generator=torch.Generator().manual_seed(0))
@@ -32,4 +31,4 @@ def test_growing_changes_no_result(size: str, tmp_path: Path) -> None:
 def test_a_network_does_not_grow_smaller() -> None:
     weights = random_weights(rtmpose_shapes(widen=0.5, deepen=0.33, keypoints=17, input_hw=(256, 192)), seed=0)
     with pytest.raises(ValueError, match="expected at most"):
-        grown(weights, "t")
+        SCRIPT["grown"](weights, "t")
