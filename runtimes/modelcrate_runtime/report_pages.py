@@ -17,7 +17,7 @@ import numpy as np
 from modelcrate_bundle.errors import MissingBackendError
 
 if TYPE_CHECKING:
-    from modelcrate_runtime.reporting import Entry, Group, Report
+    from modelcrate_runtime.reporting import Entry, Group, Report, Score
 
 _INK, _FAINT, _GRID = "#0a0b01", "#0a0b02", "#0a0b03"
 _SERIES: Final = tuple(f"#0a0c{i:02x}" for i in range(8))
@@ -87,7 +87,6 @@ def _rows(group: Group) -> list[dict[str, Any]]:
                 "median": f"{latency.median_ms:.2f}" if latency else "",
                 "p99": f"{latency.p99_ms:.2f}" if latency else "",
                 "times": times,
-                "per_second": f"{latency.per_second:.0f}" if latency else "",
                 "first": f"{cold.total_s:.2f}" if cold else "",
                 "peak": _mib(cold.peak_bytes) if cold and cold.peak_bytes else "",
                 "pixels": _worst(entry),
@@ -98,13 +97,15 @@ def _rows(group: Group) -> list[dict[str, Any]]:
     return rows
 
 
-def _score(score: Any, base: Any, *, is_base: bool) -> str:
+def _score(score: Score, base: Score | None, *, is_base: bool) -> str:
+    """Shares in percent and points, errors in their own unit."""
     if score.value is None:
         return ""
-    text = f"{score.value:.4f}"
+    scale, digits = (100, 2) if score.is_better_up else (1, 4)
+    text = f"{scale * score.value:.{digits}f}"
     if is_base or base is None or base.value is None:
         return text
-    return f"{text} ({score.value - base.value:+.4f})"
+    return f"{text} ({scale * (score.value - base.value):+.{digits}f})"
 
 
 def _worst(entry: Entry) -> str:
