@@ -213,7 +213,7 @@ def _accuracy_plot(group: Group, name: str) -> str:
         value = next((score.value for score in entry.scores if score.metric == metric.metric), None)
         latency = of_turns.get(entry.name) or (entry.profile.call.median_ms if entry.profile else None)
         if value is not None and latency is not None:
-            points.append((latency, value, entry))
+            points.append((latency, (100 if metric.is_better_up else 1) * value, entry))
     for latency, value, entry in points:
         axes.plot([latency], [value], "o", color=_SERIES[0 if entry.backend != "pytorch" else 2], markersize=7)
     _label_points(axes, [(latency, value, _short(entry.name, group.model)) for latency, value, entry in points])
@@ -222,7 +222,7 @@ def _accuracy_plot(group: Group, name: str) -> str:
     if len(points) > 1:
         _log_axis(axes, [latency for latency, _, _ in points])
     low, high = min(value for _, value, _ in points), max(value for _, value, _ in points)
-    margin = max(0.15 * (high - low), 0.002 * abs(high), 1e-6)
+    margin = max(0.15 * (high - low), 0.002 * abs(high), 1e-6)  # of points that are all alike too
     axes.set_ylim((low - margin, high + 2 * margin) if metric.is_better_up else (high + margin, low - 2 * margin))
     return _svg(figure, name)
 
