@@ -1,6 +1,6 @@
 """Trackers on one video with one set of weights, taking turns: frames per second, and how well they do where identities and joints are known.
 
-usage: scripts/setup-peers && .venv/bin/python scripts/bench_tracker.py [--frames 300] [--rounds 3] [--det-interval 1] [--fast openvino-int8] [--json FILE]
+usage: scripts/setup-peers && .venv/bin/python scripts/bench_tracker.py [--frames 300] [--rounds 3] [--det-interval 1] [--pose-size m] [--fast openvino-int8] [--json FILE]
 
 Ours, MMDeploy's (`mmdeploy_runtime` 1.3.1) and rtmlib's tracker, each in a process of its own, decode a drawn video and track it. The weights are the demo
 models'. Every round each of them has its turn; the speed is that of the median round.
@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=11)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--det-interval", type=int, default=1)
+    parser.add_argument("--pose-size", choices=("s", "m"), help="the pose estimator grown to this size of RTMPose, its results the same: see grown_pose.py")
     parser.add_argument("--fast", default="openvino-int8", help="the fastest target that passed its gates")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -57,7 +58,12 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, An
     from tracker_figures import figures, read_truth
 
     write_video(folder / "video", frames=options.frames, seed=options.seed)
-    for name, path in DEMO_MODELS.items():
+    models = dict(DEMO_MODELS)
+    if options.pose_size:
+        from grown_pose import write_grown
+
+        models["demo-pose"] = write_grown(models["demo-pose"], options.pose_size, folder / "grown.pth")
+    for name, path in models.items():
         for made in convert(path, [load_config("onnxruntime"), load_config(options.fast)], ConvertOptions(out=folder, name=name)):
             if made.error:
                 raise made.error
@@ -133,7 +139,8 @@ def show(results: dict[str, dict[str, Any]], options: argparse.Namespace) -> Non
     from rich.console import Console
     from rich.table import Table
 
-    title = f"{options.frames} frames of 640x360, detector every {options.det_interval}, {os.cpu_count()} cores"
+    size = f", poses at the size of RTMPose-{options.pose_size}" if options.pose_size else ""
+    title = f"{options.frames} frames of 640x360, detector every {options.det_interval}{size}, {os.cpu_count()} cores"
     table = Table(
         "tracker", "frames/s", "over mmdeploy", "over rtmlib", "IDF1", "switches", "false/frame", "recall", "error px", "jitter px", "lag frames", title=title
     )

@@ -198,6 +198,7 @@ FIGURES: Mapping[str, Figure] = {
     "runtime": Figure("scripts/setup-sdk && .venv/bin/python scripts/bench_runtime.py --rounds 60", of_script("runtime"), runtime_table),
     "peers": Figure("scripts/setup-peers && .venv/bin/python scripts/bench_peers.py", of_script("peers"), peers_table),
     "tracker": Figure("scripts/setup-peers && .venv/bin/python scripts/bench_tracker.py", of_script("tracker"), tracker_table),
+    "tracker-m": Figure("scripts/setup-peers && .venv/bin/python scripts/bench_tracker.py --pose-size m", of_script("tracker-m"), tracker_table),
 }
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from modelcrate_bundle.errors import ConfigError, OutputError
-from modelcrate_runtime.cli import DEVICE, DEVICE_ID, JSON_OPTION, THREADS, app, consoles, exit_on_error, raise_if_interrupted
+from modelcrate_runtime.cli import CUDA_BINDING, DEVICE, DEVICE_ID, JSON_OPTION, THREADS, app, consoles, exit_on_error, raise_if_interrupted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -57,6 +57,7 @@ def compare_accuracy(
     save_results: Annotated[Path | None, typer.Option(help="Folder that gets the results of each subject in COCO's format.")] = None,
     device: DEVICE = "",
     device_id: DEVICE_ID = 0,
+    cuda_binding: CUDA_BINDING = None,
     threads: THREADS = None,
     as_json: Annotated[bool, JSON_OPTION] = False,
 ) -> None:
@@ -72,7 +73,7 @@ def compare_accuracy(
             raise ConfigError("--det, --det-results: expected one of them, found both")
         if det_score and not has_boxes:
             raise ConfigError("--det-score: expected --det or --det-results beside it, found neither")
-        options = SessionOptions(device=device, device_id=device_id, threads=threads)
+        options = SessionOptions(device=device, device_id=device_id, threads=threads, cuda_binding=cuda_binding)
         found = find_subjects(subjects)
         to_compare = _reference(found, subjects, reference)
         facts = require_alike(found, [facts_of(subject, options) for subject in found])

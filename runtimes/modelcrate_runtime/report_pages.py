@@ -17,7 +17,7 @@ import numpy as np
 from modelcrate_bundle.errors import MissingBackendError
 
 if TYPE_CHECKING:
-    from modelcrate_runtime.reporting import Entry, Group, Report
+    from modelcrate_runtime.reporting import Entry, Group, Report, Score
 
 _INK, _FAINT, _GRID = "#0a0b01", "#0a0b02", "#0a0b03"
 _SERIES: Final = tuple(f"#0a0c{i:02x}" for i in range(8))
@@ -87,7 +87,6 @@ def _rows(group: Group) -> list[dict[str, Any]]:
                 "median": f"{latency.median_ms:.2f}" if latency else "",
                 "p99": f"{latency.p99_ms:.2f}" if latency else "",
                 "times": times,
-                "per_second": f"{latency.per_second:.0f}" if latency else "",
                 "first": f"{cold.total_s:.2f}" if cold else "",
                 "peak": _mib(cold.peak_bytes) if cold and cold.peak_bytes else "",
                 "pixels": _worst(entry),
@@ -98,13 +97,15 @@ def _rows(group: Group) -> list[dict[str, Any]]:
     return rows
 
 
-def _score(score: Any, base: Any, *, is_base: bool) -> str:
+def _score(score: Score, base: Score | None, *, is_base: bool) -> str:
+    """Shares in percent and points, errors in their own unit."""
     if score.value is None:
         return ""
-    text = f"{score.value:.4f}"
+    scale, digits = (100, 2) if score.is_better_up else (1, 4)
+    text = f"{scale * score.value:.{digits}f}"
     if is_base or base is None or base.value is None:
         return text
-    return f"{text} ({score.value - base.value:+.4f})"
+    return f"{text} ({scale * (score.value - base.value):+.{digits}f})"
 
 
 def _worst(entry: Entry) -> str:
@@ -212,7 +213,7 @@ def _accuracy_plot(group: Group, name: str) -> str:
         value = next((score.value for score in entry.scores if score.metric == metric.metric), None)
         latency = of_turns.get(entry.name) or (entry.profile.call.median_ms if entry.profile else None)
         if value is not None and latency is not None:
-            points.append((latency, value, entry))
+            points.append((latency, (100 if metric.is_better_up else 1) * value, entry))
     for latency, value, entry in points:
         axes.plot([latency], [value], "o", color=_SERIES[0 if entry.backend != "pytorch" else 2], markersize=7)
     _label_points(axes, [(latency, value, _short(entry.name, group.model)) for latency, value, entry in points])
@@ -221,7 +222,7 @@ def _accuracy_plot(group: Group, name: str) -> str:
     if len(points) > 1:
         _log_axis(axes, [latency for latency, _, _ in points])
     low, high = min(value for _, value, _ in points), max(value for _, value, _ in points)
-    margin = max(0.15 * (high - low), 0.002 * abs(high), 1e-6)
+    margin = max(0.15 * (high - low), 0.002 * abs(high), 1e-6)  # of points that are all alike too
     axes.set_ylim((low - margin, high + 2 * margin) if metric.is_better_up else (high + margin, low - 2 * margin))
     return _svg(figure, name)
 
