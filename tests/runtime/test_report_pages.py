@@ -146,17 +146,14 @@ def test_a_page_needs_nothing_else() -> None:
 
 def test_what_stands_on_a_page() -> None:
     page = check_page(full_report())
-    header, *rows = page.tables[0]
-    assert header == ["bundle", "precision", "size", "median, ms", "p99, ms", "times as fast", "per second", "first result, s", "peak memory", "worst shift", "AP", "EPE"]
-    assert [row[:4] for row in rows] == [
-        ["pose_pytorch", "fp32", "2.0 MiB", "9.00"], ["pose_onnxruntime", "fp32", "2.0 MiB", "3.00"],
-        ["pose_onnxruntime-int8", "int8", "2.0 MiB", "1.50"], ["pose_tensorrt", "fp32", "2.0 MiB", ""],
-    ]  # fmt: skip
-    assert [row[5] for row in rows] == ["1", "3.00 (3.00 to 3.00)", "6.00 (6.00 to 6.00)", ""]
-    assert [row[7:10] for row in rows] == [["0.37", "192.0 MiB", ""], ["0.37", "192.0 MiB", "0.013 px"], ["0.37", "192.0 MiB", "0.9 px"], ["", "", ""]]
-    assert [row[10:] for row in rows] == [["0.8100", "4.0000"], ["0.8000 (-0.0100)", "4.5000 (+0.5000)"], ["", ""], ["", ""]]
-    assert markdown_tables(markdown_page(full_report()))[0] == [header, *rows], "the same in both"
-    assert "9.00" in page.text
+    assert page.tables[0][0] == ["bundle", "precision", "AP", "EPE", "worst shift", "median, ms", "p99, ms", "times as fast", "first result, s", "peak memory", "size"]
+    assert page.tables[0][1:] == [
+        ["pose_pytorch", "fp32", "81.00", "4.0000", "", "9.00", "9.88", "1", "0.37", "192.0 MiB", "2.0 MiB"],
+        ["pose_onnxruntime", "fp32", "80.00 (-1.00)", "4.5000 (+0.5000)", "0.013 px", "3.00", "3.29", "3.00 (3.00 to 3.00)", "0.37", "192.0 MiB", "2.0 MiB"],
+        ["pose_onnxruntime-int8", "int8", "", "", "0.9 px", "1.50", "1.65", "6.00 (6.00 to 6.00)", "0.37", "192.0 MiB", "2.0 MiB"],
+        ["pose_tensorrt", "fp32", "", "", "", "", "", "", "", "", "2.0 MiB"],
+    ]
+    assert markdown_tables(markdown_page(full_report()))[0] == page.tables[0], "the same in both"
     assert "pose_tensorrt was not run here: needs a GPU" in page.text
     assert "Not a bundle that can be used: crates/broken.zip: expected a zip" in page.text
     assert "30 calls; --runs 200 (pose_onnxruntime)" in page.text
@@ -248,17 +245,18 @@ def test_long_names_are_drawn() -> None:
 # --------------------------------------------------------------------------------------------------------------- what may be missing
 
 
-def table_of(report: Report) -> tuple[list[list[str]], str]:
-    """Rows of the table of all bundles, the same in both pages; and the HTML."""
+def table_of(report: Report) -> tuple[list[dict[str, str]], str]:
+    """Rows by heading of the table of all bundles, the same in both pages; and the HTML."""
     page = check_page(report)
     assert markdown_tables(markdown_page(report))[0] == page.tables[0]
-    return page.tables[0][1:], page.raw
+    header, *rows = page.tables[0]
+    return [dict(zip(header, row, strict=True)) for row in rows], page.raw
 
 
 def test_nothing_could_be_run() -> None:
     report = made_report(made_group([made_entry("a", profile=None, trouble="why"), made_entry("b", profile=None, parity=None, trouble="why not")]))
     rows, html = table_of(report)
-    assert [row[3:9] for row in rows] == [[""] * 6] * 2
+    assert [[row[key] for key in ("median, ms", "p99, ms", "times as fast", "first result, s", "peak memory")] for row in rows] == [[""] * 5] * 2
     assert drawings(html) == []
     for text in (html, markdown_page(report)):
         assert "a was not run here: why" in text
@@ -269,8 +267,8 @@ def test_what_could_not_be_run_may_come_first() -> None:
     """Then the comparison's base is another one."""
     entries = [made_entry("a", profile=None, trouble="why"), made_entry("b", 4.0), made_entry("c", 2.0, scores=[made_score(0.5)])]
     rows, html = table_of(made_report(made_group(entries)))
-    assert [row[5] for row in rows] == ["", "1", "2.00 (2.00 to 2.00)"]
-    assert rows[2][10] == "0.5000", "no difference from what has no score"
+    assert [row["times as fast"] for row in rows] == ["", "1", "2.00 (2.00 to 2.00)"]
+    assert rows[2]["AP"] == "50.00", "no difference from what has no score"
     assert "against b," in html
 
 
@@ -279,13 +277,13 @@ def test_without_scores_the_page_says_how_to_get_them() -> None:
     rows, html = table_of(report)
     assert "No accuracy was measured" in html
     assert "Accuracy and latency" not in html
-    assert len(rows[0]) == 10
+    assert len(rows[0]) == 9
 
 
 def test_without_parity_there_is_no_table_of_it() -> None:
     report = made_report(made_group([made_entry("a", parity=None)]))
     rows, html = table_of(report)
-    assert rows[0][9] == ""
+    assert rows[0]["worst shift"] == ""
     assert "arity" not in html.partition("<body>")[2]
     assert "arity" not in markdown_page(report)
 
@@ -300,7 +298,7 @@ def test_any_number_of_entries(count: int) -> None:
     entries = [made_entry(name, 1.5 + i, profile=made_profile(name, 1.5 + i, batches=(1, 2)), scores=[made_score(0.8 - 0.01 * i)]) for i, name in enumerate(names)]
     report = made_report(made_group(entries))
     rows, html = table_of(report)
-    assert [row[0] for row in rows] == names
+    assert [row["bundle"] for row in rows] == names
     accuracy, stages, calls, batches = drawings(html)
     assert [text for text in texts_of(accuracy) if text.startswith("target")] == [name.removeprefix("pose_") for name in names]
     for svg in (stages, calls, batches):
@@ -371,8 +369,8 @@ def test_a_score_that_there_is_nothing_for(value: float | None, others: list[flo
         values = [*others[:place], value, *others[place:]]
         report = made_report(made_group([made_entry(f"pose_{i}", 1.0 + i, scores=[made_score(one)]) for i, one in enumerate(values)]))
         rows, html = table_of(report)
-        assert rows[place][10] == ""
-        assert all("nan" not in cell for row in rows for cell in row)
+        assert rows[place]["AP"] == ""
+        assert all("nan" not in cell for row in rows for cell in row.values())
         assert ("Accuracy and latency" in titles(html)) is bool(others)
 
 
@@ -380,7 +378,7 @@ def test_entries_with_scores_of_several_metrics() -> None:
     first = made_entry("a", scores=[made_score(0.5, metric="PCK"), made_score(3.0, metric="EPE", is_better_up=False)])
     second = made_entry("b", 3.0, scores=[made_score(2.0, metric="EPE", is_better_up=False)])
     rows, _ = table_of(made_report(made_group([first, second])))
-    assert [row[10:] for row in rows] == [["0.5000", "3.0000"], ["", "2.0000 (-1.0000)"]]
+    assert [(row["PCK"], row["EPE"]) for row in rows] == [("50.00", "3.0000"), ("", "2.0000 (-1.0000)")]
 
 
 def test_what_was_run_but_has_no_accuracy_is_not_said_not_to_have_run() -> None:
@@ -426,7 +424,7 @@ def test_a_bundle_that_was_not_compared_is_marked() -> None:
     assert '<span class="outside">not compared</span>' in text
     assert "not compared" in html["all"]
     assert "not compared" in markdown["all"]
-    assert table_of(made_report(made_group([made_entry("a", parity=made_parity(verified=False))])))[0][0][9] == ""
+    assert table_of(made_report(made_group([made_entry("a", parity=made_parity(verified=False))])))[0][0]["worst shift"] == ""
 
 
 def test_bundles_of_other_outputs_have_holes_in_the_table_of_parity() -> None:
