@@ -54,6 +54,8 @@ def main() -> None:
     if options.action == "measure":
         measure(options.names or list(FIGURES))
         return
+    if not STORE.is_file():
+        raise SystemExit(f"{STORE}: expected figures, found nothing there: scripts/figures.py measure")
     page = PAGE.read_text(encoding="utf-8")
     drawn = drawn_into(page, json.loads(STORE.read_text(encoding="utf-8")))
     if options.check:
@@ -133,10 +135,10 @@ def without_samples(found: Any) -> Any:
 
 def accuracy_table(found: Found) -> str:
     """AP and what a target loses of the checkpoint's, in points."""
-    names = ("AP", "AP50", "AP75", "AR")
+    (metric,) = (key for key in found["subjects"][0]["figures"] if key in {"bbox", "keypoints"})
+    names = ("AP", "AP50", "AP75", "AR100" if metric == "bbox" else "AR")
     rows = []
     for subject in found["subjects"]:
-        (metric,) = (key for key in subject["figures"] if key in {"bbox", "keypoints"})
         values = [f"{100 * subject['figures'][metric][name]:.2f}" for name in names]
         lost = "" if subject["name"] == found["reference"] else f"{subject['drops'][metric]['AP']:+.2f}"
         rows.append([f"`{subject['name']}`", *values, lost])

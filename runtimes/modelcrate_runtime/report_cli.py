@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from modelcrate_bundle.errors import ConfigError
+from modelcrate_bundle.errors import ConfigError, InputError
 from modelcrate_runtime.cli import CUDA_BINDING, DEVICE, DEVICE_ID, THREADS, app, consoles, exit_on_error
 from modelcrate_runtime.profile_cli import numbers, progress
 
@@ -49,6 +49,10 @@ def report(
             found = read_report(source)
         else:
             assert folder is not None
+            # Of one bundle, data that does not suit it is a line; what is not there suits none.
+            for option, place in (("--annotations", annotations), ("--annotated", annotated)):
+                if place is not None and not place.exists():
+                    raise InputError(f"{place}: expected what {option} is about, found nothing there", hint="check the path")
             options = ReportOptions(
                 profile=ProfileOptions(
                     warmup=warmup,
@@ -69,7 +73,8 @@ def report(
                 command = shlex.join(["modelcrate", *sys.argv[1:]])
                 found = measure_report(folder, reference or [], files, options, command=command, tell=tell)
         pages = {out: html_page(found).encode(), out.with_suffix(".md"): markdown_page(found).encode(), out.with_suffix(".json"): write_json(found)}
-        for path, data in pages.items():
-            if path != source:
-                write_bytes(path, data)
-        consoles()[0].print(f"wrote {', '.join(str(path) for path in pages if path != source)}", soft_wrap=True)
+        # What is drawn from stays as it is, however it was spelled.
+        places = [path for path in pages if source is None or not (path.exists() and path.samefile(source))]
+        for path in places:
+            write_bytes(path, pages[path], option="--out")
+        consoles()[0].print(f"wrote {', '.join(str(path) for path in places)}", soft_wrap=True)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import math
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -57,10 +59,16 @@ def _template(name: str, *, is_html: bool) -> Any:
     import jinja2
 
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    # What is a page gets its text escaped: names come from bundles.
-    environment = jinja2.Environment(loader=loader, autoescape=is_html, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)  # noqa: S701  # Markdown has no such escapes
-    environment.filters["cell"] = lambda text: str(text).replace("|", "\\|").replace("\n", " ")
+    # What is a page gets its text escaped: names come from bundles, and Markdown takes tags as they are.
+    environment = jinja2.Environment(loader=loader, autoescape=is_html, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)  # noqa: S701  # see _line
+    environment.filters["line"] = _line
+    environment.filters["cell"] = lambda text: _line(text).replace("|", "\\|")
     return environment.get_template(name)
+
+
+def _line(text: object) -> str:
+    """Text in one line of Markdown."""
+    return " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;")
 
 
 def _rows(group: Group) -> list[dict[str, Any]]:
@@ -99,13 +107,19 @@ def _rows(group: Group) -> list[dict[str, Any]]:
 
 def _score(score: Score, base: Score | None, *, is_base: bool) -> str:
     """Shares in percent and points, errors in their own unit."""
-    if score.value is None:
+    value, of_base = _value(score), _value(base)
+    if value is None:
         return ""
     scale, digits = (100, 2) if score.is_better_up else (1, 4)
-    text = f"{scale * score.value:.{digits}f}"
-    if is_base or base is None or base.value is None:
+    text = f"{scale * value:.{digits}f}"
+    if is_base or of_base is None:
         return text
-    return f"{text} ({scale * (score.value - base.value):+.{digits}f})"
+    return f"{text} ({scale * (value - of_base):+.{digits}f})"
+
+
+def _value(score: Score | None) -> float | None:
+    """None where there was nothing to measure."""
+    return score.value if score is not None and score.value is not None and math.isfinite(score.value) else None
 
 
 def _worst(entry: Entry) -> str:
@@ -156,7 +170,7 @@ def _facts(report: Report) -> list[tuple[str, str]]:
         ("memory", _mib(host.memory_bytes) if host.memory_bytes else "not said"),
         ("GPU", host.gpu or "none"),
         ("system", host.system),
-        ("versions", ", ".join(f"{name} {version}" for name, version in host.libraries.items()) + f", Python {host.python}"),
+        ("versions", ", ".join([*(f"{name} {version}" for name, version in host.libraries.items()), f"Python {host.python}"])),
     ]
 
 
@@ -169,8 +183,15 @@ def _mib(size: int | None) -> str:
 
 def _plots(group: Group, number: int) -> list[dict[str, str]]:
     """Title, what it shows in a sentence, and SVG."""
+    import matplotlib as mpl
+
+    with mpl.rc_context({"text.parse_math": False, "svg.fonttype": "none", "font.family": "sans-serif"}):  # a name with dollars is no formula
+        return _plots_of(group, number)
+
+
+def _plots_of(group: Group, number: int) -> list[dict[str, str]]:
     plots = []
-    if any(score.value is not None for entry in group.entries for score in entry.scores):
+    if any(_value(score) is not None for entry in group.entries for score in entry.scores):
         text = "Up and to the left is better. The time is the median of calls in turns, image to result."
         plots.append({"title": "Accuracy and latency", "text": text, "svg": _accuracy_plot(group, f"accuracy-{number}")})
     measured = [entry for entry in group.entries if entry.profile is not None]
@@ -203,14 +224,14 @@ def _styled(axes: Any, *, grid: str) -> None:
 
 
 def _accuracy_plot(group: Group, name: str) -> str:
-    metric = next(score for entry in group.entries for score in entry.scores if score.value is not None)
+    metric = next(score for entry in group.entries for score in entry.scores if _value(score) is not None)
     of_turns = {row.name: row.latency.median_ms for row in group.comparison.rows} if group.comparison else {}
     figure = _figure(3.6)
     axes = figure.add_subplot()
     _styled(axes, grid="both")
     points = []
     for entry in group.entries:
-        value = next((score.value for score in entry.scores if score.metric == metric.metric), None)
+        value = next((_value(score) for score in entry.scores if score.metric == metric.metric), None)
         latency = of_turns.get(entry.name) or (entry.profile.call.median_ms if entry.profile else None)
         if value is not None and latency is not None:
             points.append((latency, (100 if metric.is_better_up else 1) * value, entry))
@@ -293,17 +314,19 @@ def _batch_plot(entries: Sequence[Entry], name: str) -> str:
     axes = figure.add_subplot()
     _styled(axes, grid="both")
     ticks: set[int] = set()
+    lines: list[Any] = []
     for i, entry in enumerate(entries):
         assert entry.profile is not None
         first = entry.profile.network[0].threads
         rows = [row for row in entry.profile.network if row.streams == 1 and row.threads == first]
         ticks |= {row.batch for row in rows}
-        axes.plot([row.batch for row in rows], [row.latency.per_second for row in rows], "o-", color=_SERIES[i % len(_SERIES)], label=entry.name, linewidth=1.5)
+        lines += axes.plot([row.batch for row in rows], [row.latency.per_second for row in rows], "o-", color=_SERIES[i % len(_SERIES)], linewidth=1.5)
     axes.set_xticks(sorted(ticks))
     axes.set_xlabel("inputs in a call")
     axes.set_ylabel("inputs per second")
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, fontsize=8.5, labelcolor=_INK, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    # Labels of the lines themselves are left out where they begin with "_".
+    axes.legend(lines, [entry.name for entry in entries], frameon=False, fontsize=8.5, labelcolor=_INK, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return _svg(figure, name)
 
 
@@ -316,7 +339,8 @@ def _svg(figure: Any, name: str) -> str:
     import matplotlib as mpl
 
     text = io.StringIO()
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}):
+    with mpl.rc_context({"svg.hashsalt": name}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # only for their widths: the browser has its own fonts
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -12,12 +13,12 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from modelcrate_bundle.bundle import Bundle
-from modelcrate_bundle.errors import ConfigError, InputError, ModelcrateError
+from modelcrate_bundle.errors import ConfigError, InputError, ModelcrateError, TaskMismatchError
 from modelcrate_bundle.manifest import ParityRecord
 from modelcrate_runtime.comparison import Comparison, compare
 from modelcrate_runtime.host import Host, read_host
 from modelcrate_runtime.profiler import Profile, ProfileOptions, profile
-from modelcrate_runtime.subjects import Subject, find_subject, of_bundle
+from modelcrate_runtime.subjects import Subject, find_subject, of_bundle, with_numbers
 from modelcrate_runtime.trials import IN_PIXELS_OR_SIZES, MAIN_FIGURES, Trial, choose_metrics, facts_of, read_annotations
 from modelcrate_runtime.trials import measure as measure_trial
 
@@ -179,13 +180,15 @@ def measure_report(
     bundles, unreadable = find_bundles(folder)
     models: dict[str, list[Subject]] = {}
     for bundle in bundles:
-        models.setdefault(bundle.manifest.model if bundle.manifest else bundle.name, []).append(of_bundle(bundle))
+        subject = of_bundle(bundle)
+        models.setdefault(_model_of(subject), []).append(subject)
     for text in references:
         subject = find_subject(text)
-        model = subject.name.removesuffix("_pytorch")
+        model = _model_of(subject)
         if model not in models:
             raise ConfigError(f"{text}: expected a checkpoint of one of the models here ({', '.join(models)}), found {model}", hint="leave it out")
         models[model].insert(0, subject)
+    models = {model: with_numbers(subjects) for model, subjects in models.items()}
     total = sum(len(subjects) for subjects in models.values())
     groups, done = [], 0
     for model, subjects in models.items():
@@ -204,6 +207,12 @@ def measure_report(
         groups=groups,
         unreadable=unreadable,
     )
+
+
+def _model_of(subject: Subject) -> str:
+    if subject.bundle is None:
+        return subject.name.removesuffix("_pytorch")
+    return subject.bundle.manifest.model if subject.bundle.manifest else subject.bundle.name
 
 
 def _entry(subject: Subject, images: Sequence[Path], options: ReportOptions) -> Entry:
@@ -275,7 +284,9 @@ def _group(model: str, subjects: Sequence[Subject], entries: list[Entry], images
     comparison = None
     if len(runnable) > 1:
         settings = options.profile.session(options.profile.threads[0])
-        comparison = compare(runnable, images, settings, boxes=options.boxes, runs=options.compare_runs)
+        # Whoever converts can give models of two tasks one name.
+        with contextlib.suppress(TaskMismatchError):
+            comparison = compare(runnable, images, settings, boxes=options.boxes, runs=options.compare_runs)
     return Group(model=model, task=task, entries=entries, comparison=comparison)
 
 
@@ -291,8 +302,11 @@ def read_report(path: Path) -> Report:
         InputError: no such file, or another one.
     """
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Report)
+        report = msgspec.json.decode(path.read_bytes(), type=Report)
     except OSError as error:
         raise InputError(f"{path}: expected a report, found: {error.strerror}", hint="check the path") from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path}: expected the JSON of a report, found: {error}", hint="modelcrate report writes one beside its page") from error
+    if report.schema != SCHEMA:
+        raise InputError(f"{path}: expected the JSON of a report, found: schema {report.schema[:80]!r} instead of {SCHEMA!r}", hint="measure again")
+    return report

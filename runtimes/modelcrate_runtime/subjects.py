@@ -140,9 +140,13 @@ def _is_zipped_bundle(path: Path) -> bool:
 
 def find_subjects(texts: Iterable[str]) -> list[Subject]:
     """Several; see `find_subject`. Those of one name get numbers."""
+    return with_numbers(find_subject(text) for text in texts)
+
+
+def with_numbers(subjects: Iterable[Subject]) -> list[Subject]:
+    """The same, those of one name numbered from the second on."""
     found: list[Subject] = []
-    for text in texts:
-        subject = find_subject(text)
+    for subject in subjects:
         taken = {one.name for one in found}
         names = itertools.chain([subject.name], (f"{subject.name} ({number})" for number in itertools.count(2)))
         found.append(replace(subject, name=next(name for name in names if name not in taken)))
