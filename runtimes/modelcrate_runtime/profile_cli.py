@@ -211,7 +211,7 @@ def _settings(found: Profile) -> Table:
     if found.boxes:
         table.add_row("boxes", str(found.boxes))
     table.add_row("warmup, runs", f"{found.warmup}, {found.call.count}")
-    table.add_row("size on disk", _mib(found.size_bytes))
+    table.add_row("size on disk, load", f"{_mib(found.size_bytes)}, {found.open_s:.3f} s")
     table.add_row("processor", f"{host.cpu}, {host.cores} cores ({', '.join(host.features)}){', virtual' if host.is_virtual else ''}")
     table.add_row("governor, frequency", f"{host.governor or 'not said'}, {f'{host.frequency_mhz:.0f} MHz' if host.frequency_mhz else 'not said'}")
     if host.gpu:
