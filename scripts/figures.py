@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import subprocess
 import sys
@@ -26,7 +27,7 @@ Found: TypeAlias = dict[str, Any]
 
 ACCURACY = "modelcrate test demo-{0} crates/demo-{0}_* --annotations people/annotations.json"
 COMPARED = "modelcrate compare demo-{0} crates/demo-{0}_* people/images"
-BEFORE = "modelcrate convert demo-det demo-pose -t all -o crates/\nmodelcrate people --count 500 -o people/"
+BEFORE = "modelcrate convert demo-det demo-pose -t all -o crates/\nmodelcrate people --count 200 -o people/"
 
 
 class Figure(NamedTuple):
@@ -130,7 +131,9 @@ def without_samples(found: Any) -> Any:
     """Raw samples are for whoever measures; the page keeps what is said of them."""
     if isinstance(found, dict):
         return {key: without_samples(value) for key, value in found.items() if key not in {"samples", "rounds_s", "doubts"}}
-    return [without_samples(value) for value in found] if isinstance(found, list) else found
+    if isinstance(found, list):
+        return [without_samples(value) for value in found]
+    return None if isinstance(found, float) and math.isnan(found) else found  # JSON has no word for it
 
 
 def accuracy_table(found: Found) -> str:
@@ -196,11 +199,11 @@ FIGURES: Mapping[str, Figure] = {
     "accuracy-pose": Figure(ACCURACY.format("pose"), of_command("accuracy-pose"), accuracy_table),
     "compare-det": Figure(COMPARED.format("det"), of_command("compare-det"), compared_table),
     "compare-pose": Figure(COMPARED.format("pose"), of_command("compare-pose"), compared_table),
-    "targets": Figure(".venv/bin/python scripts/bench_targets.py --rounds 60", of_script("targets"), targets_table),
-    "runtime": Figure("scripts/setup-sdk && .venv/bin/python scripts/bench_runtime.py --rounds 60", of_script("runtime"), runtime_table),
-    "peers": Figure("scripts/setup-peers && .venv/bin/python scripts/bench_peers.py", of_script("peers"), peers_table),
-    "tracker": Figure("scripts/setup-peers && .venv/bin/python scripts/bench_tracker.py", of_script("tracker"), tracker_table),
-    "tracker-m": Figure("scripts/setup-peers && .venv/bin/python scripts/bench_tracker.py --pose-size m", of_script("tracker-m"), tracker_table),
+    "targets": Figure(".venv/bin/python scripts/bench_targets.py --rounds 30", of_script("targets"), targets_table),
+    "runtime": Figure("scripts/setup-sdk && .venv/bin/python scripts/bench_runtime.py --rounds 30", of_script("runtime"), runtime_table),
+    "peers": Figure("scripts/setup-peers && .venv/bin/python scripts/bench_peers.py --rounds 8 --frames 40", of_script("peers"), peers_table),
+    "tracker": Figure("scripts/setup-peers && .venv/bin/python scripts/bench_tracker.py --rounds 2", of_script("tracker"), tracker_table),
+    "tracker-m": Figure("scripts/setup-peers && .venv/bin/python scripts/bench_tracker.py --pose-size m --frames 120 --rounds 2", of_script("tracker-m"), tracker_table),
 }
 
 
