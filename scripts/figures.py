@@ -203,7 +203,9 @@ FIGURES: Mapping[str, Figure] = {
     "runtime": Figure("scripts/setup-sdk && .venv/bin/python scripts/bench_runtime.py --rounds 30", of_script("runtime"), runtime_table),
     "peers": Figure("scripts/setup-peers && .venv/bin/python scripts/bench_peers.py --rounds 8 --frames 40", of_script("peers"), peers_table),
     "tracker": Figure("scripts/setup-peers && .venv/bin/python scripts/bench_tracker.py --rounds 2", of_script("tracker"), tracker_table),
-    "tracker-m": Figure("scripts/setup-peers && .venv/bin/python scripts/bench_tracker.py --pose-size m --frames 120 --rounds 2", of_script("tracker-m"), tracker_table),
+    "tracker-m": Figure(
+        "scripts/setup-peers && .venv/bin/python scripts/bench_tracker.py --pose-size m --frames 120 --rounds 2", of_script("tracker-m"), tracker_table
+    ),
 }
 
 
