@@ -130,7 +130,7 @@ def of_script(name: str) -> Callable[[Path], Found]:
 def without_samples(found: Any) -> Any:
     """Raw samples are for whoever measures; the page keeps what is said of them."""
     if isinstance(found, dict):
-        return {key: without_samples(value) for key, value in found.items() if key not in {"samples", "doubts", "system"}}
+        return {key: without_samples(value) for key, value in found.items() if key not in {"samples", "rounds_s", "doubts", "system"}}
     if isinstance(found, list):
         return [without_samples(value) for value in found]
     return None if isinstance(found, float) and math.isnan(found) else found  # JSON has no word for it
