@@ -333,9 +333,9 @@ def network_call(session: Session, *, batch: int | None = None) -> Call:
     return lambda: session.run(feeds)
 
 
-def latency_ms(session: Session, *, runs: int = 30, warmup: int = 5) -> float:
+def latency_ms(session: Session, *, runs: int = 30, warmup: int = 5, clock: Clock = time.perf_counter) -> float:
     """The median time of one call on the fewest inputs that the network takes, in milliseconds: the network alone."""
-    return Latency.of(measure_seconds(network_call(session), runs=runs, warmup=warmup)).median_ms
+    return Latency.of(measure_seconds(network_call(session), runs=runs, warmup=warmup, clock=clock)).median_ms
 
 
 def beside_seconds(session: Session, *, callers: int, batch: int | None, runs: int, warmup: int, clock: Clock = time.perf_counter) -> tuple[list[float], float]:
@@ -389,12 +389,14 @@ def noise_image() -> NDArray[np.uint8]:
 
 
 def _feeds(session: Session, batch: int) -> dict[str, NDArray[np.generic]]:
-    """Random numbers: zeros are faster than real inputs where denormals or sparse shortcuts matter."""
+    """Random numbers: zeros are faster than real inputs where denormals or sparse shortcuts matter. Whole numbers may be indices, and are zeros."""
     rng = np.random.default_rng(0)
     feeds: dict[str, NDArray[np.generic]] = {}
     for spec in session.inputs:
-        sides = (batch, *(dim if isinstance(dim, int) else 1 for dim in spec.shape[1:]))
-        feeds[spec.name] = rng.standard_normal(sides).astype(spec.dtype)
+        first = spec.shape[0]
+        sides = (first if isinstance(first, int) else batch, *(dim if isinstance(dim, int) else 1 for dim in spec.shape[1:]))
+        is_whole = np.issubdtype(np.dtype(spec.dtype), np.integer)
+        feeds[spec.name] = np.zeros(sides, dtype=spec.dtype) if is_whole else rng.standard_normal(sides).astype(spec.dtype)
     return feeds
 
 

@@ -6,7 +6,6 @@ import json
 import math
 import re
 import sys
-import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -294,15 +293,15 @@ class Clockwork:
         return {}
 
 
-def test_latency_is_the_median_of_the_calls_after_the_first_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_latency_is_the_median_of_the_calls_after_the_first_ones() -> None:
     session = Clockwork([9.0, 8.0, 0.001, 0.004, 0.5, 0.002, 0.003])
-    monkeypatch.setattr(time, "perf_counter", lambda: session.now)
     measured: Callable[..., float] = latency_ms
-    assert measured(session, runs=5, warmup=2) == pytest.approx(3.0)
+    assert measured(session, runs=5, warmup=2, clock=lambda: session.now) == pytest.approx(3.0)
     assert len(session.fed) == 7
     for feeds in session.fed:
         assert {name: (value.shape, str(value.dtype)) for name, value in feeds.items()} == {"image": ((1, 3, 4, 5), "float32"), "ids": ((2, 1), "int64")}
-        assert not any(value.any() for value in feeds.values())
+        assert feeds["image"].std() > 0.5, "zeros are faster than what networks get"
+        assert not feeds["ids"].any(), "whole numbers may be indices"
 
 
 def test_latency_makes_35_calls_by_default() -> None:
