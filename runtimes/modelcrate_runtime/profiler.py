@@ -254,7 +254,7 @@ def profile(
         samples = _stages(task, watch[0], pixels, images, options, boxes, lambda done, total: tell("stages", done, total))
         after = take_reading()
         session = watch[0].session
-        feeds = _feeds(session, 1 if not isinstance(session.inputs[0].shape[0], int) else session.inputs[0].shape[0])
+        feeds = _feeds(session, 1)
         if isinstance(session, TimesCopies):
             samples["copy"] = session.copy_seconds(feeds, runs=options.runs)
         layers = session.layer_times(feeds, runs=options.layers) if options.layers and isinstance(session, TimesLayers) else []
@@ -329,7 +329,7 @@ def network_call(session: Session, *, batch: int | None = None) -> Call:
     first = session.inputs[0].shape[0]
     if isinstance(first, int) and batch not in {None, first}:
         raise ConfigError(f"batch: expected {first}, the only one that the network takes, found {batch}")
-    feeds = _feeds(session, first if isinstance(first, int) else batch or 1)
+    feeds = _feeds(session, batch or 1)
     return lambda: session.run(feeds)
 
 
@@ -389,7 +389,10 @@ def noise_image() -> NDArray[np.uint8]:
 
 
 def _feeds(session: Session, batch: int) -> dict[str, NDArray[np.generic]]:
-    """Random numbers: zeros are faster than real inputs where denormals or sparse shortcuts matter. Whole numbers may be indices, and are zeros."""
+    """So many inputs, or the only number that the network takes, of random numbers: zeros are faster where denormals or sparse shortcuts matter.
+
+    Whole numbers may be indices, and are zeros.
+    """
     rng = np.random.default_rng(0)
     feeds: dict[str, NDArray[np.generic]] = {}
     for spec in session.inputs:

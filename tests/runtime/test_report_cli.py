@@ -15,6 +15,7 @@ import torch
 from click.testing import Result
 from typer.testing import CliRunner
 
+import command_line
 from made_reports import copied_bundle, full_report
 from modelcrate_converter.cli import app
 from modelcrate_converter.people.dataset import write_dataset
@@ -72,14 +73,8 @@ def files() -> list[str]:
 
 
 def refused(result: Result, code: int, *words: str) -> None:
-    """One line `error: ...`, at most one ` hint: ...` after it, no traceback, and no file."""
-    assert result.exit_code == code, (result.output, result.exception)
-    assert result.stdout == ""
-    lines = result.stderr.splitlines()
-    assert lines[0].startswith("error: ")
-    assert len(lines) == 1 or (len(lines) == 2 and lines[1].startswith(" hint: "))
-    for word in words:
-        assert word in result.stderr
+    """As all commands refuse, and no file is there."""
+    command_line.refused(result, code, *words)
     assert files() == []
 
 

@@ -15,6 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 import tracker_bundles
+from command_line import refused
 from modelcrate_converter.cli import app
 from modelcrate_runtime import PoseTracker, TrackedPoses
 from modelcrate_runtime.video import open_source
@@ -77,17 +78,6 @@ def assert_same(found: list[list[dict[str, Any]]], wanted: list[TrackedPoses]) -
     for rows, tracked in zip(found, wanted, strict=True):
         for row, points, scores in zip(rows, tracked.keypoints_xy, tracked.scores, strict=True):
             np.testing.assert_allclose(np.reshape(row["keypoints"], (-1, 3)), np.column_stack([points, scores]), atol=1.1e-3)
-
-
-def refused(result: Result, code: int, *words: str) -> None:
-    """One line, at most one hint, and no traceback."""
-    assert result.exit_code == code, (result.output, result.exception)
-    assert result.stdout == ""
-    lines = result.stderr.splitlines()
-    assert lines[0].startswith("error: ")
-    assert len(lines) == 1 or (len(lines) == 2 and lines[1].startswith(" hint: "))
-    for word in words:
-        assert word in result.stderr
 
 
 def names_in(folder: Path) -> list[str]:
