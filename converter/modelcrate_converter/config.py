@@ -96,6 +96,16 @@ class TensorRTOptions(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_
     cuda_binding: Literal["", "cuda-python", "pycuda"] = ""
 
 
+class OnnxRuntimeOptions(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """How the graph is made to suit ONNX Runtime; see `modelcrate_converter.builders.onnxruntime_builder`.
+
+    Attributes:
+        transpose_wide_kernels: whether convolutions with wide kernels over small maps are written as transposed ones.
+    """
+
+    transpose_wide_kernels: bool = True
+
+
 class Gates(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """The limits of parity with PyTorch; units in `deploy_configs/onnxruntime.toml`."""
 
@@ -155,6 +165,7 @@ class DeployConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fie
         precision: what the artefact computes in.
         fp16: what stays in float32.
         int8: how it is calibrated and emitted.
+        onnxruntime: how the graph is made to suit it.
         tensorrt: how an engine is built.
         needs: what the model must be.
     """
@@ -167,6 +178,7 @@ class DeployConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fie
     nms: NmsOptions = NmsOptions()
     fp16: PrecisionOptions = PrecisionOptions()
     int8: Int8Options = Int8Options()
+    onnxruntime: OnnxRuntimeOptions = OnnxRuntimeOptions()
     tensorrt: TensorRTOptions = TensorRTOptions()
     gates: Gates = Gates()
     needs: ModelNeeds | None = None

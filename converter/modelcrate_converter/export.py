@@ -134,7 +134,7 @@ def save_onnx(proto: onnx.ModelProto, path: Path, *, inputs: tuple[TensorSpec, .
     """
     import onnx
 
-    foreign = sorted({f"{node.domain}::{node.op_type}" for node in _all_nodes(proto.graph) if node.domain not in {"", "ai.onnx"}})
+    foreign = sorted({f"{node.domain}::{node.op_type}" for node in all_nodes(proto.graph) if node.domain not in {"", "ai.onnx"}})
     if foreign or proto.functions:
         raise ExportError(
             f"{path.name}: expected standard ONNX operators, found {', '.join(foreign) or 'local functions'}",
@@ -146,7 +146,7 @@ def save_onnx(proto: onnx.ModelProto, path: Path, *, inputs: tuple[TensorSpec, .
             raise ExportError(f"{path.name}: expected the tensors {[spec.name for spec in specs]}, found {found}")
         del values[:]
         values.extend(onnx.helper.make_tensor_value_info(spec.name, _element_type(spec.dtype), spec.shape) for spec in specs)
-    for node in _all_nodes(proto.graph):
+    for node in all_nodes(proto.graph):
         node.ClearField("doc_string")
         node.ClearField("metadata_props")  # the dynamo exporter writes stack traces with paths here
     del proto.graph.value_info[:]  # intermediate shapes with the exporter's symbols; every reader infers its own
@@ -163,13 +163,13 @@ def save_onnx(proto: onnx.ModelProto, path: Path, *, inputs: tuple[TensorSpec, .
     return OnnxModel(path=path, sha256=hashlib.sha256(data).hexdigest(), opset=opset, inputs=inputs, outputs=outputs, op_counts=counts)
 
 
-def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
     """The nodes of a graph and of the branches and loops in it."""
     for node in graph.node:
         yield node
         for attribute in node.attribute:
             for inner in (attribute.g, *attribute.graphs):
-                yield from _all_nodes(inner)
+                yield from all_nodes(inner)
 
 
 def _element_type(dtype: str) -> int:

@@ -296,13 +296,14 @@ class PlannedCrops:
 
     def render(self, part: range) -> Tensor:
         """Crops number `part`, cut and normalised: (n, C, height, width) float32. Several crops keep several cores busy."""
+        if len(part) < 2:
+            return self.render_here(part)  # to wake a second thread takes as long as half of a crop
         tensor = self._empty(part)
         # OpenCV works on one crop with one thread.
         share = max(1, -(-len(part) // usable_cores()))
         shares = [range(start, min(start + share, len(part))) for start in range(0, len(part), share)]
         pending = [workers().submit(self._render_into, tensor, part, share) for share in shares[1:]]
-        if shares:
-            self._render_into(tensor, part, shares[0])
+        self._render_into(tensor, part, shares[0])
         for future in pending:
             future.result()
         return tensor
