@@ -6,19 +6,21 @@ import math
 import re
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from modelcrate_bundle.errors import ConfigError, OutputError
-from modelcrate_runtime.cli import CUDA_BINDING, DEVICE, DEVICE_ID, JSON_OPTION, THREADS, app, consoles, exit_on_error, raise_if_interrupted
+from modelcrate_runtime.cli import CUDA_BINDING, DEVICE, DEVICE_ID, JSON_OPTION, THREADS, app, consoles, exit_on_error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Iterator, Sequence
 
     from rich.table import Table
 
+    from modelcrate_runtime.accuracy import Report
     from modelcrate_runtime.class_labels import Labelled
     from modelcrate_runtime.coco_data import Boxes, Dataset, Skipped
     from modelcrate_runtime.sessions import SessionOptions
@@ -186,38 +188,14 @@ def _save(place: Path, score: Score, facts: TaskFacts) -> None:
     consoles()[1].print(f"wrote {place}", style="dim", soft_wrap=True)
 
 
-class _bar:  # noqa: N801  # a context manager that reads like a function
-    """A bar with images per second on a terminal; a line every ten seconds elsewhere."""
+@contextmanager
+def _bar(what: str) -> Iterator[Report]:
+    """A bar with images per second."""
+    from modelcrate_runtime.count_bar import CountBar
 
-    def __init__(self, what: str) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bars
-
-        self._console = consoles()[1]
-        columns = (SpinnerColumn(), TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"), TimeRemainingColumn())
-        self._bars = Bars(*columns, console=self._console, transient=True) if self._console.is_terminal else None
-        self._what = what
-        self._started = self._told = time.monotonic()
-
-    def __enter__(self) -> Callable[[int, int], None]:
-        if self._bars is not None:
-            self._bars.start()
-            self._task = self._bars.add_task(self._what, total=None, speed="")
-        return self._show
-
-    def _show(self, done: int, total: int) -> None:
-        raise_if_interrupted()
-        now = time.monotonic()
-        speed = f"{done / max(now - self._started, 1e-9):.1f} images/s"
-        if self._bars is not None:
-            self._bars.update(self._task, completed=done, total=total, speed=speed)
-        elif now - self._told > 10:
-            self._told = now
-            self._console.print(f"  {self._what}: image {done} of {total}: {speed}", soft_wrap=True)
-
-    def __exit__(self, *_: object) -> None:
-        if self._bars is not None:
-            self._bars.stop()
+    started = time.monotonic()
+    with CountBar(what, "image") as bar:
+        yield lambda done, total: bar.show(done, f"{done / max(time.monotonic() - started, 1e-9):.1f} images/s", total=total)
 
 
 # ------------------------------------------------------------------------------------------------------------------- results

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from modelcrate_bundle.errors import TaskMismatchError
 from modelcrate_runtime.host import Host, load_between, read_host, take_reading
-from modelcrate_runtime.images import read_image
+from modelcrate_runtime.images import hold_images
 from modelcrate_runtime.measurement import Call, Doubt, Latency, Ratio, Report, doubts, take_turns
 from modelcrate_runtime.profiler import call_of, network_call, noise_image
 
@@ -47,12 +47,22 @@ class Compared:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """All of them; the first is what the others are measured by."""
+    """All of them; the first is what the others are measured by.
+
+    Attributes:
+        what: was timed, in words.
+        rows: one for each.
+        host: the machine.
+        at: when, in UTC, ISO 8601.
+        images: how many the calls went through, again and again; 0 for a picture of noise.
+        schema: of this record.
+    """
 
     what: str
     rows: list[Compared]
     host: Host
     at: str
+    images: int = 0
     schema: str = field(default=SCHEMA)
 
 
@@ -73,7 +83,7 @@ def compare(
 
     Args:
         subjects: bundles and checkpoints of one task; the first is the base.
-        images: files to go through; none for a picture of noise.
+        images: files to go through; none for a picture of noise. They are held in memory: only as many of the first as are timed and fit into a gibibyte.
         options: how to open all of them.
         what: the whole call, or the network alone on random numbers.
         batch: network alone: inputs in one call.
@@ -87,7 +97,9 @@ def compare(
         TaskMismatchError: subjects of several tasks.
         ModelcrateError: one of them cannot be opened or run.
     """
-    pixels = [read_image(path) for path in images] or [noise_image()]
+    each = min(EACH, runs)
+    held = hold_images(images, most=-(-runs // each) * each)
+    pixels = held or [noise_image()]
     with contextlib.ExitStack() as stack:
         tasks: list[Task] = []
         for subject in subjects:
@@ -103,7 +115,6 @@ def compare(
             else:
                 calls[subject.name] = [call_of(task, image, boxes=boxes) for image in pixels]
         before = take_reading()
-        each = min(EACH, runs)
         samples = take_turns(calls, rounds=-(-runs // each), warmup=warmup, each=each, settle_s=SETTLE_S, report=report)
         load = load_between(before, take_reading())
     base = next(iter(samples.values()))
@@ -119,4 +130,4 @@ def compare(
         for name, seconds in samples.items()
     ]
     of_what = {"call": "image to result", "network": f"the network alone, batch {batch}"}[what]
-    return Comparison(what=of_what, rows=rows, host=read_host(), at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+    return Comparison(what=of_what, rows=rows, host=read_host(), at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), images=len(held))

@@ -26,6 +26,8 @@ _READERS: Final = 4
 """Threads that read ahead, at most: a network needs the cores more."""
 _AHEAD: Final = 4
 """Images that each of them may be ahead."""
+_HELD_BYTES: Final = 2**30
+"""Pixels of `hold_images`: some 1100 pictures of COCO, or 30 of twelve megapixels."""
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:
@@ -76,6 +78,26 @@ def read_images(paths: Sequence[Path]) -> Iterator[NDArray[np.uint8] | InputErro
             yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def hold_images(paths: Sequence[Path], *, most: int) -> list[NDArray[np.uint8]]:
+    """The first images of a list, decoded, as many as are needed and as fit into a gibibyte; at least one where there is one.
+
+    Args:
+        paths: as for `read_image`.
+        most: how many are needed.
+
+    Raises:
+        InputError: one of them cannot be read.
+    """
+    held: list[NDArray[np.uint8]] = []
+    size = 0
+    for path in paths[:most]:
+        held.append(read_image(path))
+        size += held[-1].nbytes
+        if size >= _HELD_BYTES:
+            break
+    return held
 
 
 def _read_or_error(path: Path) -> NDArray[np.uint8] | InputError:

@@ -62,15 +62,18 @@ def profile(
             device_id=device_id,
             cuda_binding=cuda_binding,
         )
-        profiles = []
-        for subject in find_subjects(texts):
-            with progress(subject.name) as report:
-                profiles.append(measure(subject, images, options, boxes=boxes, report=report))
-            if not as_json:
-                print_profile(profiles[-1], layers=layers)
-        if len(profiles) > 1 and not as_json:
-            consoles()[0].print(_side_by_side(profiles))
-        _deliver({"profiles": profiles}, save=save, as_json=as_json)
+        profiles: list[Profile] = []
+        try:
+            for subject in find_subjects(texts):
+                with progress(subject.name) as report:
+                    profiles.append(measure(subject, images, options, boxes=boxes, report=report))
+                if not as_json:
+                    print_profile(profiles[-1], layers=layers)
+            if len(profiles) > 1 and not as_json:
+                consoles()[0].print(_side_by_side(profiles))
+        finally:  # what is measured is measured, whatever becomes of the next one
+            if profiles:
+                _deliver({"profiles": profiles}, save=save, as_json=as_json)
 
 
 @app.command()
@@ -115,6 +118,8 @@ def compare(
             )
         if not as_json:
             print_comparison(found)
+            if 0 < found.images < min(len(images), runs):
+                consoles()[0].print(f"on the first {found.images} of {len(images)} images: no more fit into a gibibyte of memory", style="dim", soft_wrap=True)
         _deliver(found, save=save, as_json=as_json)
 
 

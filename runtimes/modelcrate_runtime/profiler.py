@@ -225,7 +225,7 @@ def profile(
 
     Args:
         subject: a bundle or a checkpoint.
-        images: files to go through, again and again; none for a picture of noise.
+        images: files to go through, again and again, each read when it is its turn; none for a picture of noise.
         options: what to measure.
         boxes: crops in one call of a network of crops.
         report: gets what is being measured, and how far that is.
@@ -238,7 +238,9 @@ def profile(
     from modelcrate_runtime.subjects import import_framework
 
     options = options or ProfileOptions()
-    pixels = [read_image(path) for path in images] or [noise_image()]
+    files = images[: options.warmup + options.runs]
+    for path in files:  # what cannot be read is said before minutes of measuring
+        read_image(path)
     tell = report or (lambda _what, _done, _total: None)
     watch: list[Stopwatch] = []
 
@@ -251,7 +253,7 @@ def profile(
     with subject.open(options.session(options.threads[0]), wrap=wrapped) as task:
         open_s = time.perf_counter() - begun
         before = take_reading()
-        samples = _stages(task, watch[0], pixels, images, options, boxes, lambda done, total: tell("stages", done, total))
+        samples = _stages(task, watch[0], files, options, boxes, lambda done, total: tell("stages", done, total))
         after = take_reading()
         session = watch[0].session
         feeds = _feeds(session, 1)
@@ -281,7 +283,7 @@ def profile(
         device=options.device or (BACKENDS[subject.backend].device if subject.backend in BACKENDS else "cpu"),
         threads=options.threads[0] or usable_cores(),
         warmup=options.warmup,
-        images=[str(path) for path in images] or [f"noise {_NOISE_HW[1]}x{_NOISE_HW[0]}"],
+        images=[str(path) for path in files] or [f"noise {_NOISE_HW[1]}x{_NOISE_HW[0]}"],
         boxes=boxes if is_of_crops else 0,
         open_s=open_s,
         stages={stage: Latency.of(samples[stage]) for stage in (*STAGES, "copy") if stage in samples},
@@ -403,18 +405,16 @@ def _feeds(session: Session, batch: int) -> dict[str, NDArray[np.generic]]:
     return feeds
 
 
-def _stages(
-    task: Task, watch: Stopwatch, pixels: Sequence[NDArray[np.uint8]], files: Sequence[Path], options: ProfileOptions, boxes: int, report: Report
-) -> dict[str, list[float]]:
-    calls = [call_of(task, image, boxes=boxes) for image in pixels]
+def _stages(task: Task, watch: Stopwatch, files: Sequence[Path], options: ProfileOptions, boxes: int, report: Report) -> dict[str, list[float]]:
+    image = noise_image()
     samples: dict[str, list[float]] = {"load image": []} if files else {}
     for i in range(options.warmup + options.runs):
         loading = 0.0
         if files:
             start = time.perf_counter()
-            read_image(files[i % len(files)])
+            image = read_image(files[i % len(files)])
             loading = time.perf_counter() - start
-        stages = split_call(calls[i % len(calls)], watch)
+        stages = split_call(call_of(task, image, boxes=boxes), watch)
         if i >= options.warmup:
             if files:
                 samples["load image"].append(loading)

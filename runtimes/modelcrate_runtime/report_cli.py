@@ -16,6 +16,7 @@ from modelcrate_runtime.profile_cli import numbers, progress
 
 @app.command()
 def report(
+    context: typer.Context,
     folder: Annotated[Path | None, typer.Argument(help="Folder of bundles.")] = None,
     images: Annotated[list[Path] | None, typer.Argument(help="Images, or folders of them, to time on. Default: a picture of noise.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="The page; Markdown and JSON of the same name are written beside it.")] = Path("report.html"),
@@ -46,6 +47,11 @@ def report(
         if out.suffix not in {".html", ".htm"}:
             raise ConfigError(f"{out}: expected a name that ends with .html, found {out.suffix or 'no suffix'!r}", hint="-o report.html")
         if source is not None:
+            given = [name for name in context.params if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"]
+            useless = next((name for name in given if name not in {"source", "out"}), None)
+            if useless is not None:
+                option = f"--{useless.replace('_', '-')}"
+                raise ConfigError(f"--from: expected nothing beside it but --out, since nothing is measured, found {option}", hint=f"leave {option} out")
             found = read_report(source)
         else:
             assert folder is not None

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _INK, _FAINT, _GRID = "#0a0b01", "#0a0b02", "#0a0b03"
 _SERIES: Final = tuple(f"#0a0c{i:02x}" for i in range(8))
+_DASHES: Final = ("-", "--", ":", "-.")
 _VARIABLES: Final = {_INK: "--ink", _FAINT: "--faint", _GRID: "--grid", **{color: f"--series-{i}" for i, color in enumerate(_SERIES)}}
 """Colours that nobody would choose -> the page's variables that are put in their place."""
 _STAGE_SERIES: Final = {"load image": 3, "preprocess": 1, "infer": 0, "postprocess": 2}
@@ -320,7 +321,9 @@ def _batch_plot(entries: Sequence[Entry], name: str) -> str:
         first = entry.profile.network[0].threads
         rows = [row for row in entry.profile.network if row.streams == 1 and row.threads == first]
         ticks |= {row.batch for row in rows}
-        lines += axes.plot([row.batch for row in rows], [row.latency.per_second for row in rows], "o-", color=_SERIES[i % len(_SERIES)], linewidth=1.5)
+        turn, color = divmod(i, len(_SERIES))  # colours come again with other dashes and marks
+        style = {"color": _SERIES[color], "linestyle": _DASHES[turn % len(_DASHES)], "marker": "os^D"[turn % 4], "linewidth": 1.5}
+        lines += axes.plot([row.batch for row in rows], [row.latency.per_second for row in rows], **style)
     axes.set_xticks(sorted(ticks))
     axes.set_xlabel("inputs in a call")
     axes.set_ylabel("inputs per second")

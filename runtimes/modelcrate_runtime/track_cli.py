@@ -6,14 +6,13 @@ import fnmatch
 import os
 import re
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from modelcrate_bundle.errors import ConfigError, OutputError
-from modelcrate_runtime.cli import DEVICE, DEVICE_ID, JSON_OPTION, THREADS, app, consoles, exit_on_error, raise_if_interrupted
+from modelcrate_runtime.cli import DEVICE, DEVICE_ID, JSON_OPTION, THREADS, app, consoles, exit_on_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -71,6 +70,7 @@ def track(
 ) -> None:
     """Track the people in a video: keypoints and identities, drawn or as JSON."""
     with exit_on_error():
+        from modelcrate_runtime.count_bar import CountBar
         from modelcrate_runtime.draw import draw_tracks
         from modelcrate_runtime.skeletons import read_skeleton, require_count
         from modelcrate_runtime.tracker import PoseTracker
@@ -102,7 +102,7 @@ def track(
             sink = open_sink(output, frame_rate=frames.frame_rate) if output is not None else None
             lines = JsonLines(save_json) if save_json is not None else None
             try:
-                with _bar(frames.count) as report:
+                with CountBar("frames", "frame", frames.count) as bar:
                     done = track_video(
                         tracker,
                         state,
@@ -112,7 +112,7 @@ def track(
                         sink=sink,
                         lines=lines,
                         show=window,
-                        report=report,
+                        report=lambda at: bar.show(at.frames, f"{at.per_second:.1f} FPS, {at.ids} tracks"),
                         stall_s=stall,
                     )
             finally:
@@ -172,40 +172,6 @@ def _window(delay_ms: int) -> Callable[[Image], bool]:
         return cv2.waitKey(max(delay_ms, 1)) & 0xFF not in {27, ord("q")}
 
     return show
-
-
-class _bar:  # noqa: N801  # a context manager that reads like a function
-    """A bar with frames per second on a terminal; a line every ten seconds elsewhere."""
-
-    def __init__(self, total: int | None) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bars
-
-        self._console = consoles()[1]
-        columns = (SpinnerColumn(), TextColumn("frames"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"), TimeRemainingColumn())
-        self._bars = Bars(*columns, console=self._console, transient=True) if self._console.is_terminal else None
-        self._total = total
-        self._told = time.monotonic()
-
-    def __enter__(self) -> Callable[[Progress], None]:
-        if self._bars is not None:
-            self._bars.start()
-            self._task = self._bars.add_task("frames", total=self._total, speed="")
-        return self._show
-
-    def _show(self, done: Progress) -> None:
-        raise_if_interrupted()
-        speed = f"{done.per_second:.1f} FPS, {done.ids} tracks"
-        if self._bars is not None:
-            self._bars.update(self._task, completed=done.frames, speed=speed)
-        elif time.monotonic() - self._told > 10:
-            self._told = time.monotonic()
-            of = f" of {self._total}" if self._total else ""
-            self._console.print(f"  frame {done.frames}{of}: {speed}")
-
-    def __exit__(self, *_: object) -> None:
-        if self._bars is not None:
-            self._bars.stop()
 
 
 def _print(done: Progress, *, as_json: bool) -> None:

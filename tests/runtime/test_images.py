@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from modelcrate_bundle.errors import InputError, OutputError
-from modelcrate_runtime.images import IMAGE_SUFFIXES, encode_jpeg, image_files, read_image, read_images, write_image
+from modelcrate_runtime.images import IMAGE_SUFFIXES, encode_jpeg, hold_images, image_files, read_image, read_images, write_image
 
 
 @pytest.fixture
@@ -190,3 +190,19 @@ def test_reading_ahead_may_be_left(tmp_path: Path) -> None:
     next(images)
     images.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("modelcrate-images")]
+
+
+def test_images_are_held_as_far_as_they_are_needed_and_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of five thousand photos does not fill the memory."""
+    for i in range(6):
+        cv2.imwrite(str(tmp_path / f"{i}.png"), np.full((10, 10, 3), i, dtype=np.uint8))
+    paths = sorted(tmp_path.iterdir())
+    assert [int(image[0, 0, 0]) for image in hold_images(paths, most=4)] == [0, 1, 2, 3]
+    assert len(hold_images(paths, most=100)) == 6
+    assert hold_images([], most=4) == []
+    monkeypatch.setattr("modelcrate_runtime.images._HELD_BYTES", 2 * 300 + 1)
+    assert len(hold_images(paths, most=100)) == 3
+    monkeypatch.setattr("modelcrate_runtime.images._HELD_BYTES", 1)
+    assert len(hold_images(paths, most=100)) == 1, "one is needed however large it is"
+    (tmp_path / "5.png").write_bytes(b"no picture")
+    assert len(hold_images(paths, most=4)) == 1, "what is not needed is not read"

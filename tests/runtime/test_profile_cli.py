@@ -24,6 +24,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from command_line import refused
+from made_reports import copied_bundle
 from modelcrate_bundle.bundle import Bundle
 from modelcrate_bundle.errors import ConfigError, InputError
 from modelcrate_converter.cli import app
@@ -459,6 +460,39 @@ def test_an_image_that_cannot_be_read_is_one_line(command: str, pose_bundle: Pat
     (tmp_path / "bad.png").write_bytes(b"no picture")
     for name, words in (("gone.png", "found nothing there"), ("bad.png", "OpenCV cannot decode")):
         refused(cli(command, pose_bundle, pose_bundle, tmp_path / name), 10, name, words)
+
+
+def test_what_is_measured_is_kept_whatever_becomes_of_the_next(demo_pose_bundle: Path, tmp_path: Path) -> None:
+    """Minutes of measuring are not lost with the last subject: here one of a backend that we have not."""
+    other = copied_bundle(demo_pose_bundle, tmp_path / "other", backend="snpe")
+    for arguments in (("--save", tmp_path / "kept.json"), ("--json",)):
+        result = cli("profile", demo_pose_bundle, other, *QUICK, *arguments)
+        assert result.exit_code == 13
+        assert "snpe" in result.stderr
+        text = result.stdout if arguments == ("--json",) else (tmp_path / "kept.json").read_bytes()
+        assert [one.name for one in profiles_of(text)] == ["demo-pose_onnxruntime"]
+
+
+def test_of_many_images_only_those_that_are_timed_are_read(demo_pose_bundle: Path, photo: Path, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(9):
+        shutil.copy(photo, images / f"{i}.png")
+    (images / "8.png").write_bytes(b"no picture")
+    found = profiles_of(done("profile", demo_pose_bundle, images, "--json", "--warmup", 2, "--runs", 4, "--cold", 0).stdout)
+    assert [Path(name).name for name in found[0].images] == [f"{i}.png" for i in range(6)]
+    compared = comparison_of(done("compare", demo_pose_bundle, demo_pose_bundle, images, "--json", "--warmup", 0, "--runs", 3).stdout)
+    assert compared.images == 3
+
+
+def test_images_that_do_not_fit_are_said(demo_pose_bundle: Path, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "images").mkdir()
+    for i in range(4):
+        shutil.copy(photo, tmp_path / "images" / f"{i}.png")
+    arguments = ("compare", demo_pose_bundle, demo_pose_bundle, tmp_path / "images", *QUICK_TURNS[:-2], "--runs", 4)
+    assert "no more fit" not in done(*arguments).stdout
+    monkeypatch.setattr("modelcrate_runtime.images._HELD_BYTES", 1)
+    assert "on the first 1 of 4 images: no more fit into a gibibyte of memory" in done(*arguments).stdout
 
 
 @pytest.mark.parametrize("command", ["profile", "compare"])

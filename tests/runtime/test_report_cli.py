@@ -161,6 +161,18 @@ def test_a_folder_or_a_source_and_not_both(source: Path, pose_bundle: Path) -> N
     refused(cli(pose_bundle, "--from", source), 4, "expected a folder of bundles or --from, found both")
 
 
+@pytest.mark.parametrize(
+    "option",
+    [("--runs", 5), ("--warmup", 0), ("--batch", "1,2"), ("--boxes", 2), ("--limit", 3), ("--threads", 1), ("--device", "cpu"), ("--annotations", "x.json"), ("-r", "x")],
+    ids=lambda option: option[0],
+)
+def test_a_source_is_drawn_and_not_measured(source: Path, option: tuple[str, object]) -> None:
+    """An option that would change nothing is not passed over in silence."""
+    name = {"-r": "--reference"}.get(option[0], option[0])
+    refused(cli("--from", source, *option), 4, f"--from: expected nothing beside it but --out, since nothing is measured, found {name}", f"leave {name} out")
+    assert files() == []
+
+
 @pytest.mark.parametrize(("name", "words"), [("x.txt", "found '.txt'"), ("x", "found 'no suffix'"), ("x.json", "found '.json'"), ("x.md", "found '.md'")])
 def test_a_page_is_called_html(name: str, words: str, pose_bundle: Path) -> None:
     refused(cli(pose_bundle, *QUICK, "-o", name), 4, f"{name}: expected a name that ends with .html", words)

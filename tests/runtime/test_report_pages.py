@@ -306,6 +306,16 @@ def test_any_number_of_entries(count: int) -> None:
     assert "ms, median (log scale)" in texts_of(accuracy) if count > 1 else "ms, median" in texts_of(accuracy)
 
 
+def test_no_two_lines_look_alike() -> None:
+    """There are more targets than colours."""
+    names = [f"pose_target-{i:02}" for i in range(20)]
+    entries = [made_entry(name, 2.0, profile=made_profile(name, 1.5 + i, batches=(1, 2))) for i, name in enumerate(names)]
+    svg = drawings(html_page(made_report(made_group(entries))))[-1]
+    styles = [style for style in re.findall(r'<path [^>]*style="([^"]*)"', svg) if "fill: none" in style and "--series" in style]
+    looks = {(re.search("--series-[0-9]+", style)[0], *re.findall("stroke-dasharray: [^;]*", style)) for style in styles}  # type: ignore[index]
+    assert len(looks) == len(names)
+
+
 def test_entries_that_are_alike_in_all_figures() -> None:
     """No axis without a width."""
     names = ["a", "b"]
