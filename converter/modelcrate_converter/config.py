@@ -97,13 +97,15 @@ class TensorRTOptions(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_
 
 
 class OnnxRuntimeOptions(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """How the graph is made to suit ONNX Runtime; see `modelcrate_converter.builders.onnxruntime_builder`.
+    """How the graph is made to suit ONNX Runtime; see `modelcrate_converter.onnxruntime_graph`.
 
     Attributes:
         transpose_wide_kernels: whether convolutions with wide kernels over small maps are written as transposed ones.
+        lay_portraits_down: whether a network whose input is higher than wide computes on maps that lie on their side.
     """
 
     transpose_wide_kernels: bool = True
+    lay_portraits_down: bool = True
 
 
 class Gates(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):

@@ -18,6 +18,7 @@ from modelcrate_converter.config import DeployConfig, OnnxOptions, load_config, 
 from modelcrate_converter.export import OnnxModel, export_onnx
 from modelcrate_converter.ncnn_network import float_weights, read_network
 from modelcrate_converter.observe import normalized, observe
+from modelcrate_converter.onnxruntime_graph import lying_tensors
 from modelcrate_converter.own_model import read_own_model
 from modelcrate_converter.parity import ParityImage, check_parity, network_inputs
 from modelcrate_converter.simplify import simplify
@@ -145,9 +146,14 @@ def _reference_graph(model: ExportableModel, workdir: Path) -> OnnxModel:
 
 
 def _onnxruntime_tensors(artifact: BackendArtifact, graph: OnnxModel, tensor: NDArray[np.float32], theirs: Tensors, *, workdir: Path) -> Tensors:
+    import onnx
+
     own = OnnxModel(path=artifact.files["net"], sha256="", opset=graph.opset, inputs=artifact.inputs, outputs=artifact.outputs, op_counts={})
     (values,) = observe(own, [tensor], workdir=workdir)
-    return {name: values[name] for name in theirs if name in values}
+    is_laid_down = any(node.op_type == "Transpose" and node.input[0] == own.inputs[0].name for node in onnx.load(own.path).graph.node)
+    lying = lying_tensors(normalized(onnx.load(graph.path))) if is_laid_down else set()
+    standing = {spec.name for spec in (*own.inputs, *own.outputs)}
+    return {name: values[name].swapaxes(2, 3) if name in lying - standing else values[name] for name in theirs if name in values}
 
 
 def _openvino_tensors(artifact: BackendArtifact, tensor: NDArray[np.float32], theirs: Tensors) -> Tensors:
