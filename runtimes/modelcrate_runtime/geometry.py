@@ -226,46 +226,79 @@ def _indices(count: int) -> NDArray[np.float64]:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class StraightWarps:
-    """Where the samples of N warps without rotation lie: for each warp one row and one column say it all.
+    """N warps without rotation: OpenCV 4's bilinear `warpAffine` to the bit, on any OpenCV (see `warp_affine`).
+
+    OpenCV 4 is asked itself, which takes two thirds of the time. For others the positions of all samples are computed here: without rotation, one row and
+    one column of each warp say it all.
 
     Attributes:
+        matrices: (N, 2, 3) float64 network -> image; None where there are positions.
         positions: (N, 2, longest) int32 image positions of the columns and of the rows in 1/1024 pixel, with the half of 1/32 that rounds when the last
-            5 bits are dropped: OpenCV 4's `warpAffine` (see `warp_affine`). Only the first `size_wh` of each count.
+            5 bits are dropped. Only the first `size_wh` of each count.
         size_wh: (width, height) of the results in pixels.
     """
 
-    positions: NDArray[np.int32]
+    matrices: NDArray[np.float64] | None = None
+    positions: NDArray[np.int32] | None = None
     size_wh: tuple[int, int]
 
     @classmethod
     def of(cls, warps: list[tuple[float, float, float, float]], *, size_wh: tuple[int, int]) -> StraightWarps:
-        """Compute the positions of all warps at once.
+        """Prepare all warps at once.
 
         Args:
             warps: (N) step and origin of x, step and origin of y, in image pixels: image = network * step + origin.
             size_wh: (width, height) of the results in pixels.
         """
         width, height = size_wh
-        # Scaling by 1024 commutes with the rounding of doubles. OpenCV rounds the origin of x by itself and that of y with the position.
-        numbers = [((sx * 1024, 0.0, round(ox * 1024) + 16.0), (sy * 1024, oy * 1024, 16.0)) for sx, ox, sy, oy in warps]
-        steps, before, after = np.array(numbers).reshape(-1, 2, 3, 1).transpose(2, 0, 1, 3)
-        exact = steps * _indices(max(size_wh))
-        exact += before
-        np.rint(exact, out=exact)
-        exact += after
-        if any(abs(v) >= _INT16_LIMIT_PX for sx, ox, sy, oy in warps for v in (ox, ox + sx * width, oy, oy + sy * height)):
-            np.clip(exact, -_INT16_LIMIT, _INT16_LIMIT - 1, out=exact)
-        return cls(positions=exact.astype(np.int32), size_wh=size_wh)
+        is_far = any(abs(v) >= _INT16_LIMIT_PX for sx, ox, sy, oy in warps for v in (ox, ox + sx * width, oy, oy + sy * height))
+        if not is_far and _has_opencv_4s_warp():
+            return cls(matrices=np.array([((sx, 0, ox), (0, sy, oy)) for sx, ox, sy, oy in warps]), size_wh=size_wh)
+        return cls(positions=_straight_positions(warps, size_wh=size_wh, is_far=is_far), size_wh=size_wh)
 
     def apply(self, image: Image, index: int) -> Image:
         """Warp number `index` of an (H, W, C) uint8 image: (height, width, C) uint8, black outside the image."""
         width, height = self.size_wh
+        if self.matrices is not None:
+            warped = cv2.warpAffine(image, self.matrices[index], self.size_wh, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
+            return warped.reshape(height, width, image.shape[2])  # type: ignore[return-value]  # OpenCV's stubs lose the dtype
+        assert self.positions is not None  # one of the two is there
         columns, rows = self.positions[index]
         columns, rows = columns[:width], rows[:height, None]
         # x and y of a sample are 16 bits each and stored as one number: twice as fast as one after the other. All that OpenCV runs on is little-endian.
         whole = (rows & -1024) << 6 | (columns >> 10) & 0xFFFF
         fraction = (rows & 31 << 5).astype(np.uint16) | (columns >> 5 & 31).astype(np.uint16)
         return _sampled(image, whole.view(np.int16).reshape(height, width, 2), fraction)
+
+
+@functools.cache
+def _has_opencv_4s_warp() -> bool:
+    """Whether `cv2.warpAffine` gives the bits of OpenCV 4. OpenCV 5 does not, and a build for another processor need not: it is tried, on a warp that tells them apart."""
+    warps, size_wh = [(0.8371, -3.219, 1.2943, 2.583)], (48, 40)
+    image: Image = np.random.default_rng(0).integers(0, 256, (64, 56, 3), dtype=np.uint8)
+    asked = StraightWarps(matrices=np.array([((sx, 0, ox), (0, sy, oy)) for sx, ox, sy, oy in warps]), size_wh=size_wh)
+    computed = StraightWarps(positions=_straight_positions(warps, size_wh=size_wh, is_far=False), size_wh=size_wh)
+    return np.array_equal(asked.apply(image, 0), computed.apply(image, 0))
+
+
+def _straight_positions(warps: list[tuple[float, float, float, float]], *, size_wh: tuple[int, int], is_far: bool) -> NDArray[np.int32]:
+    """`StraightWarps.positions`: positions have 10 fractional bits while they are added up, 5 are kept, and 16 rounds.
+
+    Args:
+        warps: as `StraightWarps.of`.
+        size_wh: as `StraightWarps.of`.
+        is_far: whether a position may leave int16.
+    """
+    # Scaling by 1024 commutes with the rounding of doubles. OpenCV rounds the origin of x by itself and that of y with the position.
+    numbers = [((sx * 1024, 0.0, round(ox * 1024) + 16.0), (sy * 1024, oy * 1024, 16.0)) for sx, ox, sy, oy in warps]
+    steps, before, after = np.array(numbers).reshape(-1, 2, 3, 1).transpose(2, 0, 1, 3)
+    exact = steps * _indices(max(size_wh))
+    exact += before
+    np.rint(exact, out=exact)
+    exact += after
+    if is_far:
+        np.clip(exact, -_INT16_LIMIT, _INT16_LIMIT - 1, out=exact)
+    return exact.astype(np.int32)
 
 
 def _rotated_map(
@@ -286,7 +319,7 @@ def warp_affine(image: Image, matrix: NDArray[np.floating], *, size_wh: tuple[in
     """OpenCV 4's bilinear `warpAffine` to the bit, on any OpenCV.
 
     OpenCV 4 rounds the position of every sample to 1/32 pixel, and the networks were trained on such crops; OpenCV 5 no longer does, which
-    changes a crop by up to four levels. The positions are computed here as OpenCV 4 computed them, and `remap` takes them as they are.
+    changes a crop by up to four levels. There the positions are computed as OpenCV 4 computed them, and `remap` takes them as they are.
 
     Args:
         image: (H, W, C) uint8.

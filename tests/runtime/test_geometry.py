@@ -1,6 +1,7 @@
 """Crops and their maps back: the inverse, the bits, and what callers may pass as boxes."""
 
 import hashlib
+import platform
 from pathlib import Path
 
 import cv2
@@ -10,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelcrate_bundle.errors import InputError
-from modelcrate_runtime.geometry import Crop, as_boxes, crop_exact, crop_sdk, to_image, warp_affine
+from modelcrate_runtime import geometry
+from modelcrate_runtime.geometry import Crop, StraightWarps, as_boxes, crop_exact, crop_sdk, to_image, warp_affine
 
 SIZE_WH = (192, 256)
 IMAGE_W, IMAGE_H = 63, 50
@@ -162,6 +164,45 @@ OPENCV_4 = {
 }
 
 
+@pytest.fixture(params=["its own", "computed"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How straight warps are done: by OpenCV's own, where that is OpenCV 4's, and as on OpenCV 5."""
+    if request.param == "computed":
+        monkeypatch.setattr(geometry, "_has_opencv_4s_warp", lambda: False)
+    return request.param
+
+
+def test_opencv_4_is_asked_itself_and_opencv_5_is_not() -> None:
+    """It is found out by trying: a build for another processor may have other bits."""
+    warps = StraightWarps.of([(1.1, 2.2, 1.1, 3.3)], size_wh=SIZE_WH)
+    is_asked = warps.matrices is not None
+    if platform.machine() == "x86_64":
+        assert is_asked == cv2.__version__.startswith("4.")
+    assert not (is_asked and cv2.__version__.startswith("5."))
+
+
+@pytest.mark.parametrize("sides", [(0.9, 1.1), (0.2, 0.3), (1.7, 1.7), (4.1, 3.9)])
+def test_both_ways_give_the_same_bits(sides: tuple[float, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(3)
+    image = rng.integers(0, 256, (300, 400, 3), dtype=np.uint8)
+    warps = [(sides[0] * rng.uniform(0.9, 1.1), rng.uniform(-80, 300), sides[1], rng.uniform(-80, 200)) for _ in range(12)]
+    asked = StraightWarps.of(warps, size_wh=SIZE_WH)
+    monkeypatch.setattr(geometry, "_has_opencv_4s_warp", lambda: False)
+    computed = StraightWarps.of(warps, size_wh=SIZE_WH)
+    assert computed.positions is not None
+    for i in range(len(warps)):
+        np.testing.assert_array_equal(asked.apply(image, i), computed.apply(image, i))
+
+
+@pytest.mark.parametrize("far", [40_000.0, 1e6, -1e8, 9.9e8])
+def test_a_crop_far_from_the_image_is_black(far: float) -> None:
+    """There OpenCV's own positions leave int32 and may come back into the image."""
+    box = np.array([far, far, far + 500, far + 700], dtype=np.float32)
+    patch, _ = crop_exact(noise(300, 400), box, size_wh=SIZE_WH, padding=1.25, use_udp=False)
+    assert not patch.any()
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("name", OPENCV_4)
 def test_warp_has_the_bits_of_opencv_4(name: str) -> None:
     matrix, digest = OPENCV_4[name]
@@ -171,6 +212,7 @@ def test_warp_has_the_bits_of_opencv_4(name: str) -> None:
     assert hashlib.sha256(np.ascontiguousarray(warped).tobytes()).hexdigest() == digest
 
 
+@pytest.mark.usefixtures("way")
 def test_warp_keeps_one_channel() -> None:
     image = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
     matrix = np.array([[1.3, 0, -4.0], [0, 1.3, 2.5]])
@@ -179,6 +221,7 @@ def test_warp_keeps_one_channel() -> None:
     np.testing.assert_array_equal(warped[..., 0], warp_affine(image, matrix, size_wh=(30, 20))[..., 1])
 
 
+@pytest.mark.usefixtures("way")
 def test_exact_crop_is_upstreams_crop_bit_for_bit(shared: Path) -> None:
     upstream = np.load(shared / "fixtures/checkpoints/rtmpose_t_random.npz")
     image = cv2.imread(str(shared / "fixtures/images/000000000785.jpg"))
