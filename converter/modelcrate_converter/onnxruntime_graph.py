@@ -135,8 +135,8 @@ def lying_tensors(proto: onnx.ModelProto) -> set[str]:
             lying.update(node.output)
     # What has one position has no side.
     windows = [node for node in graph.node if node.op_type in _WINDOWS and shapes.get(node.input[0], ())[2:] != [1, 1]]
-    inner = {name for node in all_nodes(graph) for name in node.input} - {name for node in graph.node for name in node.input}
-    return lying if windows and all(node.output[0] in lying for node in windows) and not inner & lying else set()
+    inner = Counter(name for node in all_nodes(graph) for name in node.input) - Counter(name for node in graph.node for name in node.input)
+    return lying if windows and all(node.output[0] in lying for node in windows) and not lying & set(inner) else set()
 
 
 def _can_lie(node: onnx.NodeProto, lying: set[str], weights: Mapping[str, onnx.TensorProto], shapes: Mapping[str, list[int]]) -> bool:

@@ -304,7 +304,11 @@ def test_a_branch_that_reads_a_map_keeps_the_network_upright(tmp_path: Path) -> 
     """It would read it on its side."""
     branch = helper.make_graph([helper.make_node("Identity", ["c"], ["inner"])], "branch", [], [helper.make_empty_tensor_value_info("inner")])
     choice = helper.make_node("If", ["yes"], ["y"], then_branch=branch, else_branch=branch)
-    before, after = down(tmp_path, conv(made="c", pads=[1] * 4), choice, constants=SMALL | {"yes": np.array(True)})
+    nodes = [conv(made="c", pads=[1] * 4), choice]
+    before, after = down(tmp_path, *nodes, constants=SMALL | {"yes": np.array(True)})
+    assert after is before
+    also = helper.make_node("Sigmoid", ["c"], ["z"])
+    before, after = down(tmp_path, *nodes, also, constants=SMALL | {"yes": np.array(True)}, outputs={"y": ("batch", 2, 8, 6), "z": ("batch", 2, 8, 6)})
     assert after is before
 
 
