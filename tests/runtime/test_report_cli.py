@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import cv2
 import msgspec
-import numpy as np
 import pytest
-import torch
 from click.testing import Result
 from typer.testing import CliRunner
 
@@ -30,23 +26,13 @@ QUICK = ("--warmup", 0, "--runs", 2, "--threads", 1)
 
 
 @pytest.fixture(autouse=True)
-def surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """A folder of its own; PyTorch's threads are the process's, and stay as they were."""
+def surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, torch_threads: None) -> None:
+    """A folder of its own."""
     monkeypatch.setenv("NO_COLOR", "1")
     for name in ("MODELCRATE_TRACEBACK", "FORCE_COLOR", "TTY_COMPATIBLE"):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def photo(tmp_path: Path) -> Path:
-    path = tmp_path / "photo.png"
-    cv2.imwrite(str(path), np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8))
-    return path
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,14 +29,7 @@ from modelcrate_runtime.subjects import find_subject
 
 QUICK = ReportOptions(profile=ProfileOptions(warmup=0, runs=3, cold=0, threads=(1,)), compare_runs=2)
 COMMAND = "modelcrate report crates"
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    """PyTorch's threads are the process's, and stay as they were."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("torch_threads")
 
 
 @pytest.fixture

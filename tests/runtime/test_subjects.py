@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,7 @@ from modelcrate_runtime.tasks import Classifier, Detector, PoseDetector
 
 PATHS = os.pathsep.join(str(Path(__file__).parents[2] / part) for part in ("sdk_bundle", "runtimes", "converter"))
 ONE_THREAD = SessionOptions(threads=1)
-
-
-@pytest.fixture(autouse=True)
-def torch_threads() -> Iterator[None]:
-    """PyTorch's are the process's: leave them as they were."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("torch_threads")
 
 
 @pytest.fixture
